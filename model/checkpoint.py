@@ -1,0 +1,308 @@
+"""The checkpoint folder: complete in itself, written whole or not at all, refused when one byte of it has changed.
+
+`checkpoint.json` names every other file with its sha256 and carries a checksum of itself. The checkpoint's own hash, which every picture
+carries, covers what decides a picture (weights, architecture, objective) and not what describes it (metrics, defaults, model card).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.config import DiTConfig, ObjectiveConfig, VAEConfig
+from model.diffusion import GaussianDiffusion
+from model.dit import DiT
+from model.flow import RectifiedFlow
+from model.vae import VAE
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+WEIGHTS = {"dit": "dit.safetensors", "vae": "vae.safetensors"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+C = TypeVar("C", DiTConfig, VAEConfig, ObjectiveConfig)
+
+
+class CheckpointError(ValueError):
+    """A folder that is not a sound checkpoint; the message names the file or key that is wrong."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Everything that `checkpoint.json` says besides its files."""
+
+    architecture: DiTConfig
+    objective: ObjectiveConfig
+    image_size: int
+    image_channels: int
+    labels: tuple[tuple[str, ...], ...]  # per class, every name it answers to
+    default_steps: int
+    default_guidance_scale: float
+    default_sampler: str
+    vae: VAEConfig | None = None
+    quality: dict[str, dict[str, Any]] = field(default_factory=dict)  # draft, standard, best → steps, sampler, guidance_scale
+    provenance: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != self.architecture.num_classes:
+            raise ValueError(f"{len(self.labels)} labels for {self.architecture.num_classes} classes")
+        names = [name for group in self.labels for name in group]
+        if not all(self.labels) or not all(names):
+            raise ValueError("every class needs at least one name that is not empty")
+        if self.vae and self.vae.latent_size != self.architecture.input_size:
+            raise ValueError(f"the VAE's latents are {self.vae.latent_size} wide, the DiT takes {self.architecture.input_size}")
+        if self.vae and self.vae.latent_channels != self.architecture.in_channels:
+            raise ValueError(f"the VAE's latents have {self.vae.latent_channels} channels, the DiT takes {self.architecture.in_channels}")
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model: modules in evaluation mode on one device, and what is known of them."""
+
+    config: CheckpointConfig
+    dit: DiT
+    vae: VAE | None
+    hash: str = ""  # empty until saved or loaded
+
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        return self.config.labels
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.pos_embed.device
+
+    @property
+    def diffusion(self) -> GaussianDiffusion | None:
+        return GaussianDiffusion(self.config.objective) if self.config.objective.kind == "diffusion" else None
+
+    @property
+    def flow(self) -> RectifiedFlow | None:
+        return RectifiedFlow(self.config.objective) if self.config.objective.kind == "flow" else None
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _describe(config: CheckpointConfig) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "architecture": asdict(config.architecture),
+        "vae": asdict(config.vae) if config.vae else None,
+        "objective": asdict(config.objective),
+        "image_size": config.image_size,
+        "image_channels": config.image_channels,
+        "labels": [list(group) for group in config.labels],
+        "null_class": config.architecture.null_class,
+        "defaults": {
+            "steps": config.default_steps,
+            "guidance_scale": config.default_guidance_scale,
+            "sampler": config.default_sampler,
+        },
+        "quality": config.quality,
+        "provenance": config.provenance,
+        "metrics": config.metrics,
+    }
+
+
+def _identity(document: dict[str, Any]) -> str:
+    """sha256 of what decides a picture."""
+    decisive = {key: document[key] for key in ("format", "architecture", "vae", "objective", "image_size", "image_channels")}
+    decisive["weights"] = {name: entry["sha256"] for name, entry in document["files"].items() if name in WEIGHTS.values()}
+    return hashlib.sha256(_canonical(decisive)).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_manifest(folder: Path, config: CheckpointConfig) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
+    document = _describe(config)
+    document["files"] = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    document["hash"] = _identity(document)
+    document["checksum"] = hashlib.sha256(_canonical(document)).hexdigest()
+    (folder / MANIFEST).write_bytes(_canonical(document))
+    for path in folder.iterdir():
+        _fsync(path)
+    _fsync(folder)
+    return str(document["hash"])
+
+
+def _replace_folder(staged: Path, target: Path) -> None:
+    """Put a finished folder in the target's place; an older folder there is moved aside first and removed after."""
+    aside = None
+    if target.exists():
+        aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+        os.rename(target, aside)
+    os.rename(staged, target)
+    _fsync(target.parent)
+    if aside:
+        shutil.rmtree(aside)
+
+
+def _stage(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+    staged.chmod(0o755)
+    return staged
+
+
+def save(
+    path: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    card: str = "",
+    overwrite: bool = False,
+) -> str:
+    """Write the folder under a temporary name, fsync, rename; returns its hash. `dtype` is that of the stored DiT, by default its own."""
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; a checkpoint is never written over another unless told to")
+    staged = _stage(target)
+    try:
+        for name, module, kind in (("dit", checkpoint.dit, dtype), ("vae", checkpoint.vae, None)):
+            if module is not None:
+                state = {k: v.detach().to("cpu", kind or v.dtype).contiguous() for k, v in module.state_dict().items()}
+                save_file(state, staged / WEIGHTS[name])
+        (staged / "README.md").write_text(card or "No model card was given.\n")
+        identity = _write_manifest(staged, checkpoint.config)
+        _replace_folder(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    checkpoint.hash = identity
+    return identity
+
+
+def annotate(path: str | Path, *, metrics: dict[str, Any], card: str, files: dict[str, bytes]) -> None:
+    """Replace metrics, model card and extra files (a grid) of a saved checkpoint. The weights, and so the hash, stay."""
+    target = resolve(path)
+    document = verify(target)
+    staged = _stage(target)
+    try:
+        for source in target.iterdir():
+            shutil.copy2(source, staged / source.name)
+        for name, content in files.items():
+            (staged / name).write_bytes(content)
+        (staged / "README.md").write_text(card)
+        _write_manifest(staged, replace(_parse(document, target), metrics=metrics))
+        _replace_folder(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def resolve(path: str | Path) -> Path:
+    """A checkpoint folder, or a registry entry with versions and a file `latest` that names one → the checkpoint folder."""
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        return folder
+    latest = folder / "latest"
+    if latest.is_file():
+        version = folder / latest.read_text().strip()
+        if version.parent == folder and (version / MANIFEST).is_file():
+            return version
+        raise CheckpointError(f"{latest} names {version.name!r}, which is no checkpoint folder beside it")
+    raise CheckpointError(f"{folder} is not a checkpoint: it has neither {MANIFEST} nor a file 'latest'")
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read `checkpoint.json` and check every byte it vouches for; CheckpointError names the first file that is wrong."""
+    manifest = folder / MANIFEST
+    raw = manifest.read_bytes()
+    try:
+        document = json.loads(raw)
+        checksum = document.pop("checksum")
+        sound = hashlib.sha256(_canonical(document)).hexdigest() == checksum and raw == _canonical({**document, "checksum": checksum})
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest} cannot be read: {error}") from error
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"{manifest} has format {document.get('format')!r}; this version reads format {FORMAT}")
+    if not sound:
+        raise CheckpointError(f"{manifest} was changed after it was written: its checksum does not fit")
+    for name, entry in document["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit")
+    return document
+
+
+def _build(kind: type[C], values: dict[str, Any], where: Path) -> C:
+    known = {f.name for f in fields(kind)}
+    unknown = set(values) - known
+    if unknown:
+        raise CheckpointError(f"{where}: {kind.__name__} has no field {sorted(unknown)[0]!r}")
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _parse(document: dict[str, Any], folder: Path) -> CheckpointConfig:
+    where = folder / MANIFEST
+    try:
+        return CheckpointConfig(
+            architecture=_build(DiTConfig, document["architecture"], where),
+            objective=_build(ObjectiveConfig, document["objective"], where),
+            vae=_build(VAEConfig, document["vae"], where) if document["vae"] else None,
+            image_size=document["image_size"],
+            image_channels=document["image_channels"],
+            labels=tuple(tuple(group) for group in document["labels"]),
+            default_steps=document["defaults"]["steps"],
+            default_guidance_scale=document["defaults"]["guidance_scale"],
+            default_sampler=document["defaults"]["sampler"],
+            quality=document["quality"],
+            provenance=document["provenance"],
+            metrics=document["metrics"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error!r}") from error
+
+
+def read_config(path: str | Path) -> tuple[CheckpointConfig, str]:
+    """What a verified checkpoint says of itself, and its hash; builds no module."""
+    folder = resolve(path)
+    document = verify(folder)
+    return _parse(document, folder), str(document["hash"])
+
+
+M = TypeVar("M", DiT, VAE)
+
+
+def _load_module(module: M, path: Path, device: torch.device, dtype: torch.dtype | None) -> M:
+    state = load_file(path, device=str(device))
+    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    if missing or unexpected:
+        raise CheckpointError(f"{path}: {'lacks' if missing else 'has an unknown'} key {(missing or unexpected)[0]!r}")
+    stored = next(iter(state.values())).dtype
+    return module.to(device=device, dtype=dtype or stored).eval().requires_grad_(False)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
+    """Verify and load a checkpoint folder or registry entry; dtype defaults to what is stored. Raises CheckpointError."""
+    folder = resolve(path)
+    document = verify(folder)
+    config, where = _parse(document, folder), torch.device(device)
+    dit = _load_module(DiT(config.architecture), folder / WEIGHTS["dit"], where, dtype)
+    vae = _load_module(VAE(config.vae), folder / WEIGHTS["vae"], where, dtype) if config.vae else None
+    return Checkpoint(config, dit, vae, str(document["hash"]))

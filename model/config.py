@@ -1,0 +1,98 @@
+"""What a model is made of, as frozen dataclasses that are checked when they are built and stored in `checkpoint.json`."""
+
+from dataclasses import dataclass
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape and conventions of a DiT with adaLN-Zero blocks (Peebles & Xie 2022, §3.2)."""
+
+    input_size: int  # latent height and width
+    patch_size: int
+    in_channels: int  # latent channels C
+    hidden_size: int  # D
+    depth: int
+    num_heads: int
+    num_classes: int  # without the null class, whose index is num_classes
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = True  # 2C output channels: noise and the covariance's v
+    norm_eps: float = 1e-6
+    time_factor: float = 1.0  # t is multiplied by this before its features: 1 for steps 0…999, 1000 for flow time 0…1
+    frequency_shift: int = 0  # feature frequencies are 10⁴^(−i/(128−shift)): 0 official code, 1 diffusers
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.input_size % self.patch_size == 0, f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        _require(self.hidden_size % self.num_heads == 0, f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        _require(self.hidden_size % 4 == 0, f"hidden_size must be a multiple of 4 for 2-D sine-cosine positions, got {self.hidden_size}")
+        _require(self.frequency_shift in (0, 1), f"frequency_shift must be 0 (official) or 1 (diffusers), got {self.frequency_shift}")
+        _require(self.mlp_ratio > 0 and self.time_factor > 0, "mlp_ratio and time_factor must be positive")
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def null_class(self) -> int:
+        return self.num_classes
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of the autoencoder, and the statistics that normalise its latents to zero mean and unit variance."""
+
+    image_size: int
+    image_channels: int  # 1 grey, 3 RGB
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # each level but the last halves the size
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    mid_block_attention: bool = True
+    latent_mean: tuple[float, ...] = ()  # per channel; filled in once the VAE is trained
+    latent_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.image_channels in (1, 3), f"image_channels must be 1 (grey) or 3 (RGB), got {self.image_channels}")
+        _require(self.image_size % self.factor == 0, f"image_size {self.image_size} is not a multiple of the VAE's factor {self.factor}")
+        for width in self.block_out_channels:
+            _require(width % self.norm_num_groups == 0, f"block width {width} is not a multiple of norm_num_groups {self.norm_num_groups}")
+        for name in ("latent_mean", "latent_std"):
+            given = len(getattr(self, name))
+            _require(given in (0, self.latent_channels), f"{name} has {given} values for {self.latent_channels} latent channels")
+        _require(all(s > 0 for s in self.latent_std), f"latent_std must be positive, got {self.latent_std}")
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size // self.factor
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the network was trained to predict, and the process it belongs to."""
+
+    kind: str  # "diffusion": noise and learned covariance over T steps; "flow": velocity of the linear path
+    num_timesteps: int = 1000  # diffusion: T
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    logit_normal_mean: float = 0.0  # flow: t = sigmoid(mean + std·N(0,1)) in training
+    logit_normal_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("diffusion", "flow"), f"objective must be 'diffusion' or 'flow', got {self.kind!r}")
+        _require(self.num_timesteps >= 1, f"num_timesteps must be at least 1, got {self.num_timesteps}")
+        _require(0 < self.beta_start <= self.beta_end < 1, f"betas must satisfy 0 < start ≤ end < 1, got {self.beta_start}, {self.beta_end}")
+        _require(self.logit_normal_std > 0, f"logit_normal_std must be positive, got {self.logit_normal_std}")

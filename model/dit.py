@@ -1,0 +1,81 @@
+"""The Diffusion Transformer: patchify → blocks → final layer (Peebles & Xie 2022, §3.2).
+
+Parameter names are those of the official state dict, so that its checkpoints load without a map.
+Shapes: B rows · C latent channels · N tokens · D width · p patch size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.blocks import AdaLNZeroBlock, FinalLayer
+from model.config import DiTConfig
+from model.layers import LabelEmbedder, TimestepEmbedder, position_embedding
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) → (B, N, D) by a convolution whose kernel and stride are the patch."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        p = config.patch_size
+        self.patch_size = p
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=p, stride=p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        p = self.patch_size
+        # The same product as the convolution, written as the linear it is: a gather and one matrix product.
+        patches = x.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class DiT(nn.Module):
+    """`dit(x, t, y)`: latents x (B, C, H, W), time t (B,), class y (B,) → (B, 2C, H, W) with learned covariance, else (B, C, H, W)."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(width, config.time_factor, config.frequency_shift)
+        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.register_buffer("pos_embed", position_embedding(config.input_size // config.patch_size, width)[None], persistent=False)
+        self.blocks = nn.ModuleList(
+            AdaLNZeroBlock(width, config.num_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(width, config.patch_size, config.out_channels, config.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The paper's initialisation: every block starts as the identity, and the whole network predicts zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # the convolution seen as a linear
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        for block in self.blocks:
+            block.reset_condition()
+        for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        dtype = self.x_embedder.proj.weight.dtype
+        condition = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        h = self.x_embedder(x.to(dtype)) + self.pos_embed  # (B, N, D)
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.unpatchify(self.final_layer(h, condition)).to(x.dtype)
+
+    def unpatchify(self, h: Tensor) -> Tensor:
+        """(B, N, p·p·C_out) → (B, C_out, H, W)."""
+        p, c = self.config.patch_size, self.config.out_channels
+        side = self.config.input_size // p
+        h = h.view(h.shape[0], side, side, p, p, c)
+        return torch.einsum("nhwpqc->nchpwq", h).reshape(h.shape[0], c, side * p, side * p)

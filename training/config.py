@@ -1,0 +1,122 @@
+"""A recipe: one TOML file that says everything a training run needs but the data's folder."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    image_size: int
+    image_channels: int
+    labels: tuple[str, ...] = ()  # names for the classes of IDX files; an image folder names its own
+    horizontal_flip: bool = True
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with a linear warm-up and a cosine fall to `final_learning_rate`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    sample_every: int = 500
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sample_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in 0 … 1, got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class VAERecipe:
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    mid_block_attention: bool
+    kl_weight: float
+    optimiser: OptimiserConfig
+
+
+@dataclass(frozen=True)
+class DiTRecipe:
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    objective: str
+    learn_sigma: bool
+    optimiser: OptimiserConfig
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must be in 0 … 1, got {self.label_dropout}")
+
+
+@dataclass(frozen=True)
+class ServingDefaults:
+    steps: int
+    guidance_scale: float
+    sampler: str
+    dtype: str = "bfloat16"  # of the stored weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    data: DataConfig
+    vae: VAERecipe
+    dit: DiTRecipe
+    defaults: ServingDefaults
+
+
+R = TypeVar("R")
+
+
+def _build(kind: type[R], section: str, values: dict[str, Any], path: Path, **nested: Any) -> R:
+    allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(allowed))
+    if unknown:
+        raise ValueError(f"{path}: [{section}] has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **nested)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: [{section}] {error}") from error
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A bundled recipe by name, or a TOML file by path; ValueError says which field of which section is wrong."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = RECIPES / f"{name_or_path}.toml"
+    if not path.is_file():
+        bundled = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise ValueError(f"no recipe {name_or_path!r}: give a TOML file or one of: {bundled}")
+    document = tomllib.loads(path.read_text())
+    sections = {"data", "vae", "dit", "defaults"}
+    if set(document) != sections:
+        raise ValueError(f"{path} must have the sections {', '.join(sorted(sections))}; it has: {', '.join(sorted(document))}")
+    stages: dict[str, OptimiserConfig] = {
+        stage: _build(OptimiserConfig, f"{stage}.optimiser", document[stage].pop("optimiser", {}), path) for stage in ("vae", "dit")
+    }
+    return Recipe(
+        name=path.stem,
+        data=_build(DataConfig, "data", document["data"], path),
+        vae=_build(VAERecipe, "vae", document["vae"], path, optimiser=stages["vae"]),
+        dit=_build(DiTRecipe, "dit", document["dit"], path, optimiser=stages["dit"]),
+        defaults=_build(ServingDefaults, "defaults", document["defaults"], path),
+    )

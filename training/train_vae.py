@@ -1,0 +1,117 @@
+"""Stage one: the autoencoder. `dit train vae RECIPE --data DIR`.
+
+Loss: mean absolute error of the pixels + kl_weight · mean KL of the posterior to N(0, 1), both per element.
+Afterwards the latents' mean and standard deviation are measured over the training set and kept with the weights.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.config import VAEConfig
+from model.sampling import to_pixels
+from model.vae import VAE
+from training.config import Recipe
+from training.data import Split, batch_indices, load_dataset, to_float
+from training.loop import fit, grid, step_generator
+from training.runlog import command, hardware
+
+VAE_WEIGHTS, VAE_RECORD = "vae.safetensors", "vae.json"
+_SEED = 0
+
+
+def vae_config(recipe: Recipe) -> VAEConfig:
+    return VAEConfig(
+        image_size=recipe.data.image_size,
+        image_channels=recipe.data.image_channels,
+        latent_channels=recipe.vae.latent_channels,
+        block_out_channels=recipe.vae.block_out_channels,
+        layers_per_block=recipe.vae.layers_per_block,
+        norm_num_groups=recipe.vae.norm_num_groups,
+        mid_block_attention=recipe.vae.mid_block_attention,
+    )
+
+
+def vae_losses(vae: VAE, images: Tensor, noise: Tensor, kl_weight: float) -> dict[str, Tensor]:
+    """Reconstruction and KL of a batch in [−1, 1]; `noise` (B, C, h, w) samples the posterior."""
+    posterior = vae.autoencoder.encode(images).latent_dist
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    decoded = vae.autoencoder.decode(mean + torch.exp(logvar / 2) * noise, return_dict=False)[0].float()
+    reconstruction = (decoded - images).abs().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return {"reconstruction": reconstruction, "kl": kl, "loss": reconstruction + kl_weight * kl}
+
+
+@torch.inference_mode()
+def latent_statistics(vae: VAE, split: Split, batch_size: int = 256) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of posterior samples over a split, in float64."""
+    total = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
+    for images in split.images.split(batch_size):
+        mean, std = vae.moments(to_float(images))
+        # E[z] = mean; E[z²] = mean² + std², without drawing samples.
+        total += torch.stack([mean.double().mean((2, 3)).sum(0), (mean.double() ** 2 + std.double() ** 2).mean((2, 3)).sum(0)])
+    first, second = total / len(split)
+    return tuple(first.tolist()), tuple((second - first**2).sqrt().tolist())
+
+
+def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) -> Path:
+    """Train, measure the latents, write `vae.safetensors` and `vae.json` to `out`; returns `out`."""
+    dataset = load_dataset(data, recipe.data)
+    config, optimiser = vae_config(recipe), recipe.vae.optimiser
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(_SEED)
+    vae = VAE(config).to(device, memory_format=torch.channels_last)
+    latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        index = batch_indices(len(dataset.train), optimiser.batch_size, step, _SEED)
+        generator = step_generator(_SEED, step)
+        images = to_float(dataset.train.images[index])
+        if recipe.data.horizontal_flip:
+            flip = torch.rand(len(index), generator=generator) < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        noise = torch.randn(len(index), *latent_shape, generator=generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            return vae_losses(vae, images.to(device).contiguous(memory_format=torch.channels_last), noise.to(device), recipe.vae.kl_weight)
+
+    shown = to_float(dataset.test.images[:16])
+
+    @torch.inference_mode()
+    def preview(model: nn.Module) -> Image.Image:
+        assert isinstance(model, VAE)
+        decoded = model.decode(model.encode(shown.to(device))).cpu()
+        return grid(to_pixels(torch.cat([shown, decoded])), columns=8)
+
+    trained, seconds = fit(vae, loss_at, optimiser, out, preview=preview, resume=resume, title="vae")
+    assert isinstance(trained, VAE)
+    trained = trained.to("cpu").float()
+    mean, std = latent_statistics(trained, dataset.train)
+    state = {name: value.contiguous() for name, value in trained.state_dict().items()}
+    save_file(state, out / VAE_WEIGHTS)
+    record: dict[str, Any] = {
+        "config": asdict(replace(config, latent_mean=mean, latent_std=std)),
+        "command": command(),
+        "minutes": round(seconds / 60, 1),
+        "hardware": hardware(),
+        "steps": optimiser.steps,
+        "data": dataset.described,
+    }
+    (out / VAE_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return out
+
+
+def load_vae(folder: Path) -> tuple[VAE, dict[str, Any]]:
+    """The trained autoencoder in float32 and its record; ValueError if the folder has none."""
+    if not (folder / VAE_RECORD).is_file():
+        raise ValueError(f"{folder} has no trained VAE ({VAE_RECORD} is missing): run `dit train vae` first, or name one with --vae")
+    record = json.loads((folder / VAE_RECORD).read_text())
+    config = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()})
+    vae = VAE(config)
+    vae.load_state_dict(load_file(folder / VAE_WEIGHTS))
+    return vae.eval().requires_grad_(False), record
