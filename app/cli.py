@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 app = typer.Typer(help="Class-conditional image generation with a Diffusion Transformer.", no_args_is_help=True, pretty_exceptions_enable=False)
 train = typer.Typer(help="Train the autoencoder, then the DiT on its latents.", no_args_is_help=True)
 app.add_typer(train, name="train")
 
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of IDX files, or of one sub-folder of images per class.")]
+CONFIGURATION_ERROR = 78  # see app.local: the supervisor does not start such a child again
+
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")]
 
 
@@ -71,5 +76,80 @@ def train_dit_command(
     _train(run)
 
 
+@app.command("up")
+def up_command() -> None:
+    """Run everything on this machine: embedded server, worker, API and page."""
+    from app.local import StartError, up
+
+    try:
+        up(_settings())
+    except StartError as error:
+        fail(str(error))
+
+
+@app.command("api")
+def api_command() -> None:
+    """Run the HTTP API alone, over the Redis of DIT_REDIS_URL."""
+    import uvicorn
+
+    from app.local import end_with_supervisor
+    from app.main import create_app
+
+    settings = _settings()
+    _log_to_stderr()
+    end_with_supervisor()
+    try:
+        application = create_app(settings)
+    except ValueError as error:
+        fail(str(error), CONFIGURATION_ERROR)
+    uvicorn.run(application, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=3)
+
+
+@app.command("worker")
+def worker_command() -> None:
+    """Run one worker over the Redis of DIT_REDIS_URL."""
+    from app.local import end_with_supervisor
+
+    settings = _settings()
+    if settings.redis_url is None:
+        fail("DIT_REDIS_URL must be set for a worker alone (`dit up` brings a server of its own)", CONFIGURATION_ERROR)
+    _log_to_stderr()
+    end_with_supervisor()
+    from worker.serve import serve
+
+    try:
+        serve(
+            redis_url=settings.redis_url,
+            registry=settings.checkpoints,
+            model=settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_rows=settings.max_rows,
+            compile=settings.compile,
+            cache=settings.data,
+        )
+    except ValueError as error:  # CheckpointError is one
+        fail(str(error), CONFIGURATION_ERROR)
+
+
+def _settings() -> "Settings":
+    from app.settings import load_settings
+
+    try:
+        return load_settings()
+    except ValueError as error:
+        fail(str(error), CONFIGURATION_ERROR)
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+
+
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -184,6 +184,7 @@ def save(
             if module is not None:
                 state = {k: v.detach().to("cpu", kind or v.dtype).contiguous() for k, v in module.state_dict().items()}
                 save_file(state, staged / WEIGHTS[name])
+                (staged / WEIGHTS[name]).chmod(0o644)  # it is served by another user than the one who trained it
         (staged / "README.md").write_text(card or "No model card was given.\n")
         identity = _write_manifest(staged, checkpoint.config)
         _replace_folder(staged, target)

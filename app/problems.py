@@ -1,0 +1,107 @@
+"""Errors for clients: RFC 9457 problem documents, each with its status and a sentence that says what is allowed."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+MEDIA_TYPE = "application/problem+json"
+_TITLES = {
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Conflict",
+    410: "Gone",
+    413: "Body too large",
+    422: "Invalid request",
+    429: "Queue full",
+    500: "Internal error",
+    503: "Not available",
+}
+_SHOWN_INPUT = 80  # characters of a wrong value that are repeated
+
+
+class Problem(Exception):
+    """Raised anywhere below a route; becomes the response."""
+
+    def __init__(self, status: int, detail: str, *, errors: Sequence[dict[str, str]] = (), retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.errors, self.retry_after_s = status, detail, list(errors), retry_after_s
+
+
+def field_error(field: str, got: Any, allowed: str) -> dict[str, str]:
+    """One entry of `errors[]`: the field, what it was, what is allowed."""
+    return {"field": field, "detail": f"{allowed}; got {shown(got)}"}
+
+
+def invalid(errors: Sequence[dict[str, str]]) -> Problem:
+    detail = "; ".join(f"{error['field']}: {error['detail']}" for error in errors)
+    return Problem(422, detail, errors=errors)
+
+
+def shown(value: Any) -> str:
+    """A wrong value, short, in ASCII: it may hold anything, lone surrogates too."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = ascii(value)
+    return text if len(text) <= _SHOWN_INPUT else text[:_SHOWN_INPUT] + "…"
+
+
+def response(problem: Problem, instance: str) -> Response:
+    document: dict[str, Any] = {
+        "type": "about:blank",
+        "title": _TITLES.get(problem.status, "Error"),
+        "status": problem.status,
+        "detail": problem.detail,
+        "instance": instance,
+    }
+    if problem.status == 422:
+        document["errors"] = problem.errors
+    headers = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    return Response(json.dumps(document), problem.status, headers, MEDIA_TYPE)
+
+
+def _validation(error: RequestValidationError) -> Problem:
+    entries = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"] if part not in ("body", "query", "path", "header")]
+        if item["type"] == "json_invalid":
+            entries.append({"field": "body", "detail": f"must be JSON: {item['ctx']['error']}"})
+            continue
+        message = {"extra_forbidden": "is not a field of this request", "missing": "is required"}.get(item["type"], item["msg"])
+        field = location[0] if location else "body"
+        entry = {"field": field, "detail": message} if item["type"] == "missing" else field_error(field, item.get("input"), message)
+        # A union reports each of its members; one line a field and message is enough.
+        if entry not in entries:
+            entries.append(entry)
+    return invalid(entries)
+
+
+def install(app: FastAPI) -> None:
+    """Every error of the application leaves as a problem document."""
+
+    @app.exception_handler(Problem)
+    async def problem(request: Request, error: Problem) -> Response:
+        return response(error, request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        return response(_validation(error), request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # a body that no JSON parser takes: too deep, digits without end
+            return response(invalid([{"field": "body", "detail": "must be JSON of moderate depth and size"}]), request.url.path)
+        return response(Problem(error.status_code, str(error.detail)), request.url.path)
+
+    @app.exception_handler(RedisError)
+    async def redis(request: Request, error: RedisError) -> Response:
+        return response(Problem(503, "the queue (Redis) does not answer; try again shortly", retry_after_s=5), request.url.path)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return response(Problem(500, "an unexpected error; the server's log has it"), request.url.path)

@@ -1,0 +1,102 @@
+"""A request and the record of a model → a request with nothing left to a default; or 422 naming the field and what is allowed."""
+
+import difflib
+import secrets
+from typing import Any
+
+from app.problems import Problem, field_error, invalid
+from app.schemas import MAX_SEED, GenerateRequest
+from worker.protocol import GenerationRequest, ModelRecord
+
+_NAMES_SHOWN = 20
+
+
+def choose_model(name: str | None, records: list[ModelRecord]) -> ModelRecord:
+    """The named model, or the only one served. 503 while none is."""
+    if not records:
+        raise Problem(503, "no worker serves a model at the moment; try again shortly", retry_after_s=5)
+    found = [record for record in records if record.id == name] if name is not None else records
+    if len(found) == 1:
+        return found[0]
+    raise invalid([field_error("model", name, f"must be one of: {', '.join(record.id for record in records)}")])
+
+
+def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
+    """Raises a 422 problem that lists every field that is wrong."""
+    errors: list[dict[str, str]] = []
+    labels = _labels(body, record, errors)
+    quality = _quality(body, record, errors)
+    settings = {**record.defaults, **quality}
+    steps = body.steps if body.steps is not None else int(settings["steps"])
+    sampler = body.sampler if body.sampler is not None else str(settings["sampler"])
+    scale = float(body.guidance_scale if body.guidance_scale is not None else settings["guidance_scale"])
+    if sampler not in record.samplers:
+        errors.append(field_error("sampler", sampler, f"model {record.id} ({record.objective}) can do: {', '.join(record.samplers)}"))
+    if steps > record.max_steps:
+        errors.append(field_error("steps", steps, f"model {record.id} takes 1 … {record.max_steps}"))
+    low, high = (float(v) for v in body.guidance_interval or (0.0, 1.0))
+    if low > high:
+        errors.append(field_error("guidance_interval", [low, high], "must be [low, high] with low ≤ high"))
+    last = MAX_SEED - len(labels) + 1
+    seed = body.seed if body.seed is not None else secrets.randbelow(2**32)
+    if seed > last:
+        errors.append(field_error("seed", seed, f"must be at most {last} for {len(labels)} images, which use seed … seed + {len(labels) - 1}"))
+    if errors:
+        raise invalid(errors)
+    return GenerationRequest(record.id, tuple(labels), scale, (low, high), steps, sampler, seed)
+
+
+def _quality(body: GenerateRequest, record: ModelRecord, errors: list[dict[str, str]]) -> dict[str, Any]:
+    if body.quality is None:
+        return {}
+    if body.steps is not None:
+        errors.append(field_error("quality", body.quality, "quality sets the steps; give one of the two"))
+    if body.quality not in record.quality:
+        known = ", ".join(record.quality) or "none, since none was measured for it"
+        errors.append(field_error("quality", body.quality, f"model {record.id} has: {known}"))
+    return record.quality.get(body.quality, {})
+
+
+def _labels(body: GenerateRequest, record: ModelRecord, errors: list[dict[str, str]]) -> list[int | None]:
+    if isinstance(body.class_label, list):
+        if body.num_images is not None:
+            errors.append(field_error("num_images", body.num_images, "goes with one class_label; a list makes one picture each"))
+        return [_label(entry, record, errors) for entry in body.class_label]
+    return [_label(body.class_label, record, errors)] * (body.num_images or 1)
+
+
+def _normalised(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _label(given: int | str | None, record: ModelRecord, errors: list[dict[str, str]]) -> int | None:
+    """A class index; case and spacing of names do not matter."""
+    if given is None:
+        return None
+    if isinstance(given, int):
+        if 0 <= given < len(record.labels):
+            return given
+    else:
+        wanted = _normalised(given)
+        for index, names in enumerate(record.labels):
+            if wanted in (_normalised(name) for name in names):
+                return index
+    allowed = f"must be an index 0 … {len(record.labels) - 1}, null or a name: {_some_names(record)}{_suggestion(given, record)}"
+    entry = field_error("class_label", given, allowed)
+    if entry not in errors:
+        errors.append(entry)
+    return None
+
+
+def _some_names(record: ModelRecord) -> str:
+    names = [group[0] for group in record.labels]
+    more = f" … ({len(names)} in all, see /models/{record.id})" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _suggestion(given: int | str, record: ModelRecord) -> str:
+    if isinstance(given, int):
+        return ""
+    names = {_normalised(name): name for group in record.labels for name in group}
+    close = difflib.get_close_matches(_normalised(given), names, n=3)
+    return f" (did you mean {', '.join(names[name] for name in close)}?)" if close else ""

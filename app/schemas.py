@@ -1,0 +1,97 @@
+"""The public contract: what a request may hold and what a job looks like."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+
+MAX_IMAGES = 64
+MAX_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
+
+ClassLabel = StrictInt | Annotated[StrictStr, Field(max_length=200)] | None
+Fraction = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class GenerateRequest(BaseModel):
+    """`POST /generate`. Everything but the class has a default of the model's."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"class_label": "Sneaker", "guidance_scale": 2.0, "steps": 30, "seed": 7}]},
+    )
+
+    class_label: ClassLabel | Annotated[list[ClassLabel], Field(min_length=1, max_length=MAX_IMAGES)] = Field(
+        description="An index, a name, null for an unconditional picture, or a list of up to 64 of these, one picture each."
+    )
+    guidance_scale: Annotated[StrictFloat | StrictInt, Field(ge=1, le=20, allow_inf_nan=False)] | None = Field(
+        default=None, description="Strength of classifier-free guidance; 1 is none."
+    )
+    guidance_interval: tuple[Fraction, Fraction] | None = Field(
+        default=None, description="Guide only while t/T is in [low, high]; 0 is clean, 1 is noise."
+    )
+    steps: Annotated[StrictInt, Field(ge=1, le=1000)] | None = Field(default=None, description="Sampling steps.")
+    quality: Literal["draft", "standard", "best"] | None = Field(default=None, description="A measured setting of the model, in place of steps.")
+    sampler: Annotated[StrictStr, Field(max_length=50)] | None = Field(default=None, description="One of the model's samplers.")
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(default=None, description="Picture i uses seed + i; drawn when absent.")
+    num_images: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(default=None, description="Pictures of one class; 1 when absent.")
+    model: Annotated[StrictStr, Field(max_length=100)] | None = Field(default=None, description="A model's id; needed when several are served.")
+
+
+class Progress(BaseModel):
+    step: int
+    steps: int
+
+
+class ImageInfo(BaseModel):
+    url: str
+    seed: int
+    sha256: str
+
+
+class JobView(BaseModel):
+    """`GET /jobs/{id}`."""
+
+    id: str
+    status: Literal["queued", "running", "succeeded", "failed", "canceling", "canceled"]
+    queue_position: int | None = Field(description="Jobs before this one; null once it has left the queue.")
+    progress: Progress
+    request: dict[str, Any] = Field(description="The request with every default resolved.")
+    images: list[ImageInfo]
+    checkpoint: str
+    error: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    links: dict[str, str]
+
+
+class ModelView(BaseModel):
+    """One entry of `GET /models`."""
+
+    id: str
+    labels: list[list[str]] = Field(description="Per class, every name it answers to.")
+    image_size: int
+    image_channels: int
+    objective: str
+    samplers: list[str]
+    max_steps: int
+    defaults: dict[str, Any]
+    quality: dict[str, dict[str, Any]]
+    metrics: dict[str, Any]
+    checkpoint: str
+    device: str
+    dtype: str
+
+
+class ModelList(BaseModel):
+    models: list[ModelView]
+
+
+class ProblemView(BaseModel):
+    """RFC 9457; `errors` for 422."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    errors: list[dict[str, str]] | None = None

@@ -1,0 +1,51 @@
+"""The environment (DIT_*, or a file .env) → Settings. `dit up` needs none of it."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One field per variable; the names are the contract."""
+
+    model_config = SettingsConfigDict(env_prefix="DIT_", env_file=".env", extra="ignore")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    redis_url: str | None = None  # unset: `dit up` starts an embedded server
+    checkpoints: Path = Path("checkpoints")  # the registry: one folder per model
+    model: str | None = None  # unset: the only one in the registry
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 …
+    dtype: str = "auto"  # auto, bfloat16, float16, float32
+    max_rows: int | None = Field(default=None, ge=2)  # rows of one forward pass
+    compile: bool = True
+    queue_limit: int = Field(default=1000, ge=1)  # jobs that may wait
+    result_ttl: int = Field(default=24 * 3600, ge=1)  # seconds that results live
+    data: Path = Path(".dit")  # state of the embedded server, compile cache, logs
+    image_store: str = "redis"
+    api_keys_file: Path | None = None
+
+    @field_validator("image_store")
+    @classmethod
+    def _only_redis_yet(cls, value: str) -> str:
+        if value != "redis":
+            raise ValueError(f"only 'redis' is supported by this version, got {value!r}")
+        return value
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _no_keys_yet(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            raise ValueError("API keys are not supported by this version; nothing would be protected, so it does not start")
+        return value
+
+
+def load_settings() -> Settings:
+    """ValueError names the variable that is wrong and what is allowed."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "DIT_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise ValueError(f"{name}={first['input']!s}: {first['msg']}") from error

@@ -1,0 +1,170 @@
+"""The model card, `README.md` of a checkpoint folder: Markdown from what the checkpoint says of itself. Facts that are missing are left out
+or said to be missing, so that any checkpoint has a card."""
+
+import json
+import shlex
+from typing import Any
+
+from model.checkpoint import CheckpointConfig
+
+GRID = "grid.png"
+_MISSING = "not recorded"
+
+
+def measures(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured, its value, and its floor on real images: the lines that `dit evaluate` prints and the card repeats."""
+    tests, floor = metrics.get("test_images", "the"), _number(metrics, "frechet_distance_train")
+    return [
+        (
+            "class consistency of the pictures",
+            _share(metrics, "class_consistency"),
+            f"{_share(metrics, 'classifier_accuracy')} (test images)",
+        ),
+        (f"Fréchet distance of the pictures to {tests} test images", _number(metrics, "frechet_distance"), f"{floor} (training images)"),
+        (
+            "Fréchet distance of the VAE's reconstructions",
+            _number(metrics, "frechet_distance_reconstructions"),
+            f"{floor} (training images)",
+        ),
+    ]
+
+
+def settings_line(metrics: dict[str, Any]) -> str:
+    """How the pictures of `measures` were drawn, in one line."""
+    known = {name: metrics.get(name, "?") for name in ("samples", "sampler", "steps", "guidance_scale", "dtype")}
+    return "{samples} pictures: {sampler}, {steps} steps, guidance {guidance_scale}, {dtype}".format(**known)
+
+
+def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
+    """The card of a checkpoint; `metrics` as returned by `training.evaluate.evaluate`, or empty before any evaluation."""
+    sections = [
+        _title(config),
+        _picture(config, metrics),
+        _use(config),
+        _data(config),
+        _training(config),
+        _metrics(metrics),
+        _limits(config),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _share(metrics: dict[str, Any], name: str) -> str:
+    return f"{100 * metrics[name]:.1f} %" if name in metrics else _MISSING
+
+
+def _number(metrics: dict[str, Any], name: str) -> str:
+    return f"{metrics[name]:.3f}" if name in metrics else _MISSING
+
+
+def _names(config: CheckpointConfig) -> list[str]:
+    return [group[0] for group in config.labels]
+
+
+def _size(config: CheckpointConfig) -> str:
+    return f"{config.image_size}×{config.image_size} {'grey' if config.image_channels == 1 else 'RGB'}"
+
+
+def _title(config: CheckpointConfig) -> str:
+    dit, vae = config.architecture, config.vae
+    objective = "rectified flow" if config.objective.kind == "flow" else "Gaussian diffusion with the paper's loss"
+    parameters = _stage(config, "dit").get("parameters")
+    counted = f"{parameters / 1e6:.1f} M parameters, " if parameters else ""
+    latents = f" on {vae.latent_size}×{vae.latent_size}×{vae.latent_channels} latents of its own VAE" if vae else ""
+    return (
+        f"# Class-conditional DiT, {_size(config)}, {len(config.labels)} classes\n\n"
+        f"A Diffusion Transformer (Peebles & Xie 2022) with adaLN-Zero blocks{latents}: "
+        f"{counted}width {dit.hidden_size}, depth {dit.depth}, {dit.num_heads} heads, patch {dit.patch_size}, {dit.num_tokens} tokens; "
+        f"trained as {objective}. "
+        f"Defaults: {config.default_sampler}, {config.default_steps} steps, guidance {config.default_guidance_scale:g}."
+    )
+
+
+def _picture(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
+    if not metrics:
+        return ""
+    names = _names(config)
+    order = f": {', '.join(names)}" if len(names) <= 20 else ""
+    return (
+        f"![one row per class]({GRID})\n\nOne row per class, in order{order}. The first seeds of the evaluation below, none chosen by hand."
+    )
+
+
+def _use(config: CheckpointConfig) -> str:
+    label = _names(config)[0]
+    request = {"class_label": label, "guidance_scale": config.default_guidance_scale, "steps": config.default_steps, "seed": 7}
+    body = shlex.quote(json.dumps(request, ensure_ascii=False))
+    return (
+        "## Use\n\n"
+        "The folder is complete in itself. Under `checkpoints/` (or wherever `DIT_CHECKPOINTS` points; `DIT_MODEL` names the folder), "
+        "`make run` serves it:\n\n"
+        "```sh\nmake run\n"
+        "curl -s -X POST localhost:8000/generate -H 'Prefer: wait=30' -H 'Accept: image/png' -H 'Content-Type: application/json' \\\n"
+        f"     -d {body} -o picture.png\n```\n\n"
+        f"`class_label` is an index from 0 to {len(config.labels) - 1} or a class's name."
+    )
+
+
+def _data(config: CheckpointConfig) -> str:
+    return (
+        f"## Data\n\n{_described(config)}. Every picture is {_size(config)}; IDX images that are smaller were centred on black, "
+        "images of a folder were scaled to their shorter side and cropped to the centre. "
+        "The training split trained the model; the test split was kept for the measures."
+    )
+
+
+def _described(config: CheckpointConfig) -> str:
+    return str(config.provenance.get("data") or "The data was not recorded").rstrip(".")
+
+
+def _stage(config: CheckpointConfig, name: str) -> dict[str, Any]:
+    found = config.provenance.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _training(config: CheckpointConfig) -> str:
+    stages = [(title, _stage(config, name)) for title, name in (("VAE", "vae"), ("DiT", "dit"))]
+    commands = [str(stage["command"]) for _, stage in stages if stage.get("command")]
+    rows = [
+        f"| {title} | {stage.get('steps', _MISSING)} | {stage.get('minutes', _MISSING)} | {stage.get('hardware', _MISSING)} |"
+        for title, stage in stages
+    ]
+    commit = config.provenance.get("commit")
+    return "\n".join(
+        [
+            "## Training\n",
+            *(["```sh", *commands, "```\n"] if commands else ["The commands were not recorded.\n"]),
+            "| stage | steps | minutes | hardware |\n|---|---|---|---|",
+            *rows,
+            f"\nThe stored DiT is the moving average (EMA) of the trained weights; source at commit `{commit or 'unknown'}`.",
+        ]
+    )
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    if not metrics:
+        return "## Metrics\n\nNot evaluated yet: `dit evaluate` measures this checkpoint and rewrites this card."
+    command = f"```sh\n{metrics['command']}\n```\n\n" if metrics.get("command") else ""
+    table = "\n".join(f"| {what} | {value} | {floor} |" for what, value, floor in measures(metrics))
+    return (
+        f"## Metrics\n\n{command}{settings_line(metrics)}; classes in equal shares, seeds from 0.\n\n"
+        f"| measure | value | floor on real images |\n|---|---|---|\n{table}\n\n"
+        f"Judged by a small convnet trained on the same training split. The floor of the Fréchet distances is "
+        f"{metrics.get('train_images', 'as many')} training images (a fixed random subset) against the test images; the pictures' own "
+        "floor is their VAE's reconstructions. These distances live in that convnet's features: they are no FIDs of the literature.\n\n"
+        f"Took {metrics.get('minutes', '?')} minutes on {metrics.get('hardware', 'unrecorded hardware')}, "
+        f"source at commit `{metrics.get('commit') or 'unknown'}`."
+    )
+
+
+def _limits(config: CheckpointConfig) -> str:
+    names = _names(config)
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return (
+        "## Limits\n\n"
+        f"- It draws {len(names)} classes and nothing else: {shown}. No text prompts; no people, faces or scenes beyond these.\n"
+        f"- Pictures are {_size(config)}; there is no finer detail to enlarge, and no other size.\n"
+        "- It repeats what its training images show, with their biases, and the licence of that data applies to what is made of it.\n"
+        "- Class consistency is a classifier's opinion and says nothing about variety: more guidance raises it while pictures grow alike.\n"
+        "- A picture that resembles no class clearly is possible at any setting; few steps make it likelier."
+    )

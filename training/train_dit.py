@@ -1,0 +1,158 @@
+"""Stage two: the DiT on cached latents. `dit train dit RECIPE --data DIR`; writes a checkpoint to OUT/checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from model.checkpoint import DTYPES, Checkpoint, CheckpointConfig, save
+from model.config import DiTConfig, ObjectiveConfig, VAEConfig
+from model.diffusion import GaussianDiffusion
+from model.dit import DiT
+from model.flow import RectifiedFlow
+from model.sampling import build_table, sample
+from model.vae import VAE
+from training.card import model_card
+from training.config import Recipe
+from training.data import Dataset, batch_indices, load_dataset
+from training.latents import LatentCache, cached_latents
+from training.loop import fit, grid, step_generator
+from training.runlog import command, commit, hardware
+from training.train_vae import load_vae
+
+_SEED = 0
+_FLOW_TIME_FACTOR = 1000.0  # flow time 0…1 seen by the embedding on the scale of diffusion steps
+CHECKPOINT = "checkpoint"
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dit_config(recipe: Recipe, vae: VAEConfig, num_classes: int) -> DiTConfig:
+    return DiTConfig(
+        input_size=vae.latent_size,
+        patch_size=recipe.dit.patch_size,
+        in_channels=vae.latent_channels,
+        hidden_size=recipe.dit.hidden_size,
+        depth=recipe.dit.depth,
+        num_heads=recipe.dit.num_heads,
+        num_classes=num_classes,
+        learn_sigma=recipe.dit.learn_sigma,
+        time_factor=_FLOW_TIME_FACTOR if recipe.dit.objective == "flow" else 1.0,
+    )
+
+
+def dit_losses(network: Network, objective: ObjectiveConfig, x0: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw time and noise for clean latents x0 (B, C, h, w) of classes y (B,); returns the means of the objective's losses."""
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    if objective.kind == "flow":
+        flow = RectifiedFlow(objective)
+        t = flow.time(torch.randn(len(x0), generator=generator)).to(x0.device)
+        losses = flow.losses(network(flow.q_sample(x0, t, noise), t, y).float(), x0, noise)
+    else:
+        diffusion = GaussianDiffusion(objective)
+        t = torch.randint(objective.num_timesteps, (len(x0),), generator=generator).to(x0.device)
+        xt = diffusion.q_sample(x0, t, noise)
+        losses = diffusion.losses(network(xt, t, y).float(), x0, xt, t, noise)
+    return {name: value.mean() for name, value in losses.items()}
+
+
+def _check(recipe: Recipe) -> ObjectiveConfig:
+    """Errors before the first step, not after the last."""
+    objective = ObjectiveConfig(recipe.dit.objective)
+    if (objective.kind == "diffusion") != recipe.dit.learn_sigma:
+        raise ValueError("learn_sigma = true belongs to objective = 'diffusion', and false to 'flow'")
+    build_table(objective, recipe.defaults.sampler, recipe.defaults.steps)
+    if recipe.defaults.dtype not in DTYPES:
+        raise ValueError(f"defaults.dtype must be one of {', '.join(DTYPES)}, got {recipe.defaults.dtype!r}")
+    return objective
+
+
+def _preview(checkpoint_of: Callable[[DiT], Checkpoint]) -> Callable[[nn.Module], Image.Image]:
+    """One row of eight pictures per class (the first ten), always of the same seeds, so that progress is seen."""
+
+    def preview(model: nn.Module) -> Image.Image:
+        checkpoint = checkpoint_of(cast(DiT, model))
+        defaults = checkpoint.config
+        classes = [c for c in range(min(10, defaults.architecture.num_classes)) for _ in range(8)]
+        images = sample(
+            checkpoint,
+            classes,
+            steps=min(25, defaults.default_steps),
+            guidance_scale=defaults.default_guidance_scale,
+            sampler=defaults.default_sampler,
+            seeds=list(range(len(classes))),
+        )
+        return grid(images.cpu(), columns=8)
+
+    return preview
+
+
+def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume: bool = False) -> Path:
+    """Train on the latents of the VAE in `vae_folder` and save the EMA as a checkpoint; returns its folder."""
+    objective, optimiser = _check(recipe), recipe.dit.optimiser
+    dataset = load_dataset(data, recipe.data)
+    vae, vae_record = load_vae(vae_folder)
+    if vae.config.image_size != recipe.data.image_size or vae.config.image_channels != recipe.data.image_channels:
+        raise ValueError(f"the VAE in {vae_folder} was trained for other images than the recipe's {recipe.data.image_size} pixels")
+    latents = cached_latents(vae, dataset.train, out, flips=recipe.data.horizontal_flip)
+    architecture = dit_config(recipe, vae.config, len(dataset.class_names))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(_SEED)
+    dit = DiT(architecture).to(device)
+    loss_at = _loss_function(dit, recipe, objective, dataset, latents, device)
+    vae = vae.to(device)
+
+    def checkpoint_of(model: DiT, **provenance: Any) -> Checkpoint:
+        return Checkpoint(_describe(recipe, dataset, architecture, objective, vae, provenance), model, vae)
+
+    trained, seconds = fit(dit, loss_at, optimiser, out, preview=_preview(checkpoint_of), resume=resume, title="dit")
+    trained_here = {
+        "command": command(),
+        "minutes": round(seconds / 60, 1),
+        "hardware": hardware(),
+        "steps": optimiser.steps,
+        "parameters": sum(p.numel() for p in trained.parameters()),
+    }
+    stage_one = {key: vae_record[key] for key in ("command", "minutes", "hardware", "steps")}
+    checkpoint = checkpoint_of(cast(DiT, trained), data=dataset.described, vae=stage_one, dit=trained_here, commit=commit())
+    target = out / CHECKPOINT
+    save(target, checkpoint, dtype=DTYPES[recipe.defaults.dtype], card=model_card(checkpoint.config, {}), overwrite=True)
+    return target
+
+
+def _loss_function(
+    dit: DiT, recipe: Recipe, objective: ObjectiveConfig, dataset: Dataset, latents: LatentCache, device: torch.device
+) -> Callable[[int], dict[str, Tensor]]:
+    batch_size, null_class = recipe.dit.optimiser.batch_size, dit.config.null_class
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        index = batch_indices(len(dataset.train), batch_size, step, _SEED)
+        generator = step_generator(_SEED, step)
+        view = torch.randint(latents.mean.shape[0], (batch_size,), generator=generator)
+        x0 = latents.sample(index, view, torch.randn(batch_size, *latents.mean.shape[2:], generator=generator)).to(device)
+        dropped = torch.rand(batch_size, generator=generator) < recipe.dit.label_dropout
+        y = torch.where(dropped, null_class, dataset.train.labels[index]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            return dit_losses(dit, objective, x0, y, generator)
+
+    return loss_at
+
+
+def _describe(
+    recipe: Recipe, dataset: Dataset, architecture: DiTConfig, objective: ObjectiveConfig, vae: VAE, provenance: dict[str, Any]
+) -> CheckpointConfig:
+    return CheckpointConfig(
+        architecture=architecture,
+        objective=objective,
+        vae=vae.config,
+        image_size=recipe.data.image_size,
+        image_channels=recipe.data.image_channels,
+        labels=tuple((name,) for name in dataset.class_names),
+        default_steps=recipe.defaults.steps,
+        default_guidance_scale=recipe.defaults.guidance_scale,
+        default_sampler=recipe.defaults.sampler,
+        provenance=provenance,
+    )

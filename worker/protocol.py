@@ -1,0 +1,197 @@
+"""What the API and the workers say to each other through Redis. Standard library only; the one list of keys.
+
+| key                              | written by   | holds                                                          | lives                        |
+|----------------------------------|--------------|----------------------------------------------------------------|------------------------------|
+| `rq:queue:dit-<model>`, `rq:…`   | rq           | the queue and the leases; an rq job names no code, only its id | until the job has ended      |
+| `dit:job:<id>`                   | API, worker  | hash, see JOB_FIELDS                                           | result TTL after the end     |
+| `dit:job:<id>:events`            | API, worker  | stream of {event, data}: queued, progress, image, done         | result TTL after the end     |
+| `dit:image:<id>:<execution>:<i>` | worker       | PNG bytes                                                      | result TTL                   |
+| `dit:model:<model>`              | worker       | JSON of ModelRecord                                            | MODEL_TTL_S, renewed         |
+
+State changes that two processes could race for are Lua scripts, below, so that each is one step.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+VERSION = 1  # of the job payload; a worker takes this version and the one before
+OPERATION = "dit.generate"  # the only thing an rq job of ours may ask for; it is compared, never imported
+MAX_ATTEMPTS = 5
+MODEL_TTL_S = 20
+LEASE_S = 15  # a worker that renews nothing for this long has lost its jobs
+EVENTS_KEPT = 2000  # events of one job, about
+
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELING, CANCELED = "queued", "running", "succeeded", "failed", "canceling", "canceled"
+FINAL = (SUCCEEDED, FAILED, CANCELED)
+
+JOB_FIELDS = {
+    "version": "payload version",
+    "status": "queued, running, succeeded, failed, canceling, canceled",
+    "model": "model id",
+    "request": "JSON of GenerationRequest, every default resolved",
+    "checkpoint": "hash of the checkpoint it was resolved against",
+    "result_ttl_s": "seconds that record, events and images live after the end",
+    "execution": "id of the execution that may write; results of any other are dropped",
+    "attempts": "how often it was started",
+    "step": "sampling steps done, averaged over its pictures",
+    "images": "JSON list of {index, seed, sha256, bytes}, of the execution that ended it",
+    "error": "why it failed",
+    "created_at": "Unix seconds, as started_at and finished_at",
+    "started_at": "",
+    "finished_at": "",
+}
+
+
+def queue_name(model: str) -> str:
+    return f"dit-{model}"
+
+
+def job_key(job_id: str) -> str:
+    return f"dit:job:{job_id}"
+
+
+def events_key(job_id: str) -> str:
+    return f"dit:job:{job_id}:events"
+
+
+def image_key(job_id: str, execution: str, index: int) -> str:
+    return f"dit:image:{job_id}:{execution}:{index}"
+
+
+MODEL_KEYS = "dit:model:*"
+
+
+def model_key(model: str) -> str:
+    return f"dit:model:{model}"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A resolved request: nothing in it is left to a default. Picture i has class_labels[i] and seed + i."""
+
+    model: str
+    class_labels: tuple[int | None, ...]  # None: unconditional
+    guidance_scale: float
+    guidance_interval: tuple[float, float]  # of t/T, 0 = clean, both ends in
+    steps: int
+    sampler: str
+    seed: int
+
+    @property
+    def num_images(self) -> int:
+        return len(self.class_labels)
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: str) -> "GenerationRequest":
+        """Raises ValueError on anything that is not such a request; it came through Redis, so it is checked again."""
+        try:
+            values = json.loads(text)
+            low, high = values.pop("guidance_interval")
+            labels = tuple(None if label is None else int(label) for label in values.pop("class_labels"))
+            request = cls(class_labels=labels, guidance_interval=(float(low), float(high)), **values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a generation request: {error}") from error
+        if not 1 <= request.num_images <= 64 or request.steps < 1 or request.seed < 0:
+            raise ValueError("not a generation request: num_images, steps or seed is out of range")
+        return request
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a worker tells of a model it serves; the API validates requests against it."""
+
+    id: str
+    checkpoint: str
+    labels: list[list[str]]
+    image_size: int
+    image_channels: int
+    objective: str
+    samplers: list[str]
+    max_steps: int
+    defaults: dict[str, Any]  # steps, guidance_scale, sampler
+    quality: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    dtype: str = ""
+    max_rows: int = 0
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> "ModelRecord":
+        return cls(**json.loads(text))
+
+
+# KEYS job, events. ARGV execution, now, most attempts.
+# → "run"; "drop" if it has ended (canceled while queued, or ended by another execution), canceled while its worker was dead, or tried too often.
+START = """
+local status = redis.call('HGET', KEYS[1], 'status')
+if not status or status == 'succeeded' or status == 'failed' or status == 'canceled' then return 'drop' end
+redis.call('HSET', KEYS[1], 'execution', ARGV[1])
+if status == 'canceling' then return 'cancel' end
+if redis.call('HINCRBY', KEYS[1], 'attempts', 1) > tonumber(ARGV[3]) then return 'exhausted' end
+redis.call('HSET', KEYS[1], 'status', 'running', 'step', '0')
+redis.call('HSETNX', KEYS[1], 'started_at', ARGV[2])
+return 'run'
+"""
+
+# KEYS job, events. ARGV execution, step, event, data, events kept. → 0 if another execution owns the job, 2 if it shall be canceled, else 1.
+PROGRESS = """
+if redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
+local status = redis.call('HGET', KEYS[1], 'status')
+if status == 'canceling' then return 2 end
+if status ~= 'running' then return 0 end
+if ARGV[3] ~= '' then
+  if ARGV[2] ~= '' then redis.call('HSET', KEYS[1], 'step', ARGV[2]) end
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'event', ARGV[3], 'data', ARGV[4])
+end
+return 1
+"""
+
+# KEYS job, events. ARGV execution, status, now, images, error, done event. A cancel that came in time wins over a result.
+FINISH = """
+local status = redis.call('HGET', KEYS[1], 'status')
+if redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
+if status ~= 'running' and status ~= 'canceling' and status ~= 'queued' then return 0 end
+local ttl = redis.call('HGET', KEYS[1], 'result_ttl_s')
+redis.call('HSET', KEYS[1], 'status', ARGV[2], 'finished_at', ARGV[3], 'images', ARGV[4], 'error', ARGV[5])
+redis.call('XADD', KEYS[2], '*', 'event', 'done', 'data', ARGV[6])
+redis.call('EXPIRE', KEYS[1], ttl)
+redis.call('EXPIRE', KEYS[2], ttl)
+return 1
+"""
+
+# KEYS job, events. ARGV execution ('' for any), data of the event. A job whose worker stops or died waits again; one being canceled stays so.
+REQUEUE = """
+if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
+local status = redis.call('HGET', KEYS[1], 'status')
+if status ~= 'running' and status ~= 'canceling' then return 0 end
+redis.call('HSET', KEYS[1], 'execution', '')
+if status == 'running' then
+  redis.call('HSET', KEYS[1], 'status', 'queued', 'step', '0')
+  redis.call('XADD', KEYS[2], '*', 'event', 'queued', 'data', ARGV[2])
+end
+return 1
+"""
+
+# KEYS job, events, rq queue, rq job. ARGV job id, now, done event.
+# → the status it had: 'queued' was canceled at once, 'running' shall stop at its next step.
+CANCEL = """
+local status = redis.call('HGET', KEYS[1], 'status')
+if status == 'queued' then
+  local ttl = redis.call('HGET', KEYS[1], 'result_ttl_s')
+  redis.call('HSET', KEYS[1], 'status', 'canceled', 'finished_at', ARGV[2])
+  redis.call('XADD', KEYS[2], '*', 'event', 'done', 'data', ARGV[3])
+  redis.call('EXPIRE', KEYS[1], ttl)
+  redis.call('EXPIRE', KEYS[2], ttl)
+  if redis.call('LREM', KEYS[3], 1, ARGV[1]) == 1 then redis.call('DEL', KEYS[4]) end
+elseif status == 'running' then
+  redis.call('HSET', KEYS[1], 'status', 'canceling')
+end
+return status
+"""

@@ -1,0 +1,192 @@
+"""The device: slots of latents, one DiT forward a tick over rows at different steps, decoding in batches.
+
+Nothing here decides what runs; the scheduler does. A tick stacks the numbers of each picture's own table row, runs one forward padded to a
+bucket of rows, guides, and updates all latents at once. On the CPU the buckets are checked at start to give every row the same bits
+whatever its neighbours, so that a seed gives the same picture alone and in a crowd; a bucket that does not is left out.
+
+Shapes: B pictures of the tick · R rows of the forward · K latents a sampler keeps · C, H, W latent.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.noise import normal
+from model.sampling import SamplerTable, build_table, to_pixels, update
+from worker.protocol import GenerationRequest
+from worker.scheduler import Picture
+
+log = logging.getLogger("dit.runner")
+
+K = 1  # latents kept by the samplers there are
+SMALLEST_FORWARD, SMALLEST_DECODE = 4, 2  # below these the CPU's kernels give other bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request's sampler as plain numbers, one row per evaluation."""
+
+    t: list[float]
+    coefficients: list[list[float]]  # a (K·K), b (K), d, low, high
+    noisy: list[bool]
+    guided: list[bool]
+
+
+def make_plan(table: SamplerTable, request: GenerationRequest) -> Plan:
+    """Guidance costs a second row only while its scale is not 1 and t/T is inside its interval."""
+    columns = [table.a.flatten(1), table.b, table.d[:, None], table.log_variance_low[:, None], table.log_variance_high[:, None]]
+    low, high = request.guidance_interval
+    return Plan(
+        t=table.t.tolist(),
+        coefficients=torch.cat(columns, dim=1).tolist(),
+        noisy=(table.d != 0).tolist(),
+        guided=[request.guidance_scale != 1.0 and low <= f <= high for f in table.fraction.tolist()],
+    )
+
+
+def row_buckets(max_rows: int) -> list[int]:
+    """Powers of two from the smallest forward up to max_rows, and max_rows itself."""
+    buckets = [SMALLEST_FORWARD]
+    while buckets[-1] < max_rows:
+        buckets.append(min(2 * buckets[-1], max_rows))
+    return buckets
+
+
+def alike_buckets(run: Callable[[int], Tensor], buckets: Sequence[int]) -> list[int]:
+    """The buckets whose first rows come out of `run(bucket)` bit for bit as from the largest; the largest is always among them."""
+    outputs = {bucket: run(bucket) for bucket in buckets}
+    largest = outputs[max(buckets)]
+    return [bucket for bucket in buckets if torch.equal(outputs[bucket], largest[:bucket])]
+
+
+def can_compile(device: torch.device) -> bool:
+    """torch.compile needs a C++ compiler on the CPU; CUDA brings its own (Triton)."""
+    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+
+
+class Runner:
+    """Holds one checkpoint on one device."""
+
+    def __init__(self, checkpoint: Checkpoint, *, max_rows: int, compile: bool) -> None:
+        if checkpoint.vae is None:
+            raise ValueError("this checkpoint has no VAE, so it cannot be served")
+        self.checkpoint, self.max_rows = checkpoint, max_rows
+        self.config = checkpoint.config.architecture
+        self.device = checkpoint.device
+        c = self.config
+        self.shape = (c.in_channels, c.input_size, c.input_size)
+        self.state = torch.zeros(max_rows, K, *self.shape, device=self.device)
+        self._vae = checkpoint.vae
+        self._forward: Any = checkpoint.dit
+        self._decode: Any = checkpoint.vae.decode
+        if compile:
+            self._forward = torch.compile(checkpoint.dit, dynamic=False)
+            self._decode = torch.compile(checkpoint.vae.decode, dynamic=False)
+        self.buckets = row_buckets(max_rows)
+        self.decode_buckets = [b for b in (SMALLEST_DECODE, 4, 8, 16) if b <= max(SMALLEST_DECODE, max_rows)]
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run (and so compile) every bucket once, and on the CPU keep those that give a row the same bits."""
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        rows = self.max_rows
+        x = torch.randn(rows, *self.shape, generator=generator).to(self.device)
+        fractions = torch.rand(rows, generator=generator).to(self.device)
+        t = fractions * (1.0 if self.config.time_factor != 1.0 else float(self.checkpoint.config.objective.num_timesteps - 1))
+        y = torch.randint(self.config.num_classes + 1, (rows,), generator=generator).to(self.device)
+        kept = alike_buckets(lambda b: self._forward(x[:b], t[:b], y[:b]), self.buckets)
+        decoded = alike_buckets(lambda b: self._decode(x[:b]), self.decode_buckets)
+        if self.device.type == "cpu":
+            for name, before, after in (("forward", self.buckets, kept), ("decode", self.decode_buckets, decoded)):
+                if before != after:
+                    log.warning("%s buckets %s of %s give other bits and are left out", name, sorted({*before} - {*after}), before)
+            self.buckets, self.decode_buckets = kept, decoded
+        log.info("warm after %.1f s: rows %s, decode %s", time.perf_counter() - started, self.buckets, self.decode_buckets)
+
+    def plan(self, request: GenerationRequest) -> Plan:
+        """ValueError if this model cannot do what the request asks."""
+        wrong = [y for y in request.class_labels if y is not None and not 0 <= y < self.config.num_classes]
+        if wrong:
+            raise ValueError(f"class labels are 0 … {self.config.num_classes - 1}, got {wrong[0]}")
+        return make_plan(build_table(self.checkpoint.config.objective, request.sampler, request.steps), request)
+
+    @torch.inference_mode()
+    def start(self, pictures: Sequence[Picture]) -> None:
+        """Fill the slots of newly admitted pictures with their initial noise."""
+        if pictures:
+            seeds = self._tensor([p.seed for p in pictures], torch.int64)
+            self.state[self._slots(pictures), 0] = normal(seeds, torch.zeros_like(seeds), self.shape)
+
+    @torch.inference_mode()
+    def step(self, pictures: Sequence[Picture]) -> None:
+        """One evaluation for every picture: one forward, one update. Nothing is written if anything throws."""
+        slots = self._slots(pictures)
+        state = self.state[slots]  # (B, K, C, H, W)
+        out = self._evaluate(pictures, state[:, 0])  # (B, C or 2C, H, W)
+        plans = [(p.job.plan, p.evaluation) for p in pictures]
+        numbers = self._tensor([plan.coefficients[i] for plan, i in plans], torch.float32)  # (B, K·K + K + 3)
+        a, b, d, low, high = numbers.split([K * K, K, 1, 1, 1], dim=1)
+        if any(plan.noisy[i] for plan, i in plans):
+            seeds = self._tensor([p.seed for p in pictures], torch.int64)
+            noise = normal(seeds, self._tensor([i + 1 for _, i in plans], torch.int64), self.shape)
+        else:
+            noise = torch.zeros(1, device=self.device).view(1, 1, 1, 1)  # every d is 0
+        self.state[slots] = update(state, out, a.view(-1, K, K), b, d[:, 0], low[:, 0], high[:, 0], noise)
+
+    def _evaluate(self, pictures: Sequence[Picture], x: Tensor) -> Tensor:
+        """Network output with guidance applied; rows are all conditional ones, then the null rows of those guided at this step."""
+        guided = [i for i, p in enumerate(pictures) if p.job.guided[p.evaluation]]
+        null = self.config.null_class
+        t = [p.job.plan.t[p.evaluation] for p in pictures]
+        y = [null if p.class_label is None else p.class_label for p in pictures]
+        count = len(pictures)
+        padding = self._bucket(self.buckets, count + len(guided)) - count - len(guided)
+        index = [*range(count), *guided, *[0] * padding]
+        times = self._tensor([t[i] for i in index], torch.float32)
+        classes = self._tensor([*y, *[null] * (len(guided) + padding)], torch.int64)
+        out = self._forward(x[self._tensor(index, torch.int64)], times, classes)
+        conditional = out[:count]
+        if not guided:
+            return conditional
+        channels = self.config.in_channels
+        scale = self._tensor([pictures[i].job.guidance_scale for i in guided], torch.float32).view(-1, 1, 1, 1)
+        where = self._tensor(guided, torch.int64)
+        unconditional = out[count : count + len(guided), :channels]
+        result = conditional.clone()
+        result[where, :channels] = unconditional + scale * (conditional[where, :channels] - unconditional)
+        return result
+
+    @torch.inference_mode()
+    def decode(self, pictures: Sequence[Picture]) -> list[np.ndarray | None]:
+        """Pixels (H, W, channels) of finished pictures, uint8; None for one whose latent is not finite."""
+        images: list[np.ndarray | None] = []
+        step = self.decode_buckets[-1]
+        for first in range(0, len(pictures), step):
+            part = pictures[first : first + step]
+            latents = self.state[self._slots(part), 0]
+            finite = latents.isfinite().flatten(1).all(1).tolist()
+            bucket = self._bucket(self.decode_buckets, len(part))
+            padded = torch.cat([latents, latents[:1].expand(bucket - len(part), *self.shape)])
+            pixels = to_pixels(self._decode(padded)).cpu().numpy()
+            images += [pixels[i] if finite[i] else None for i in range(len(part))]
+        return images
+
+    def _bucket(self, buckets: Sequence[int], count: int) -> int:
+        return next(b for b in buckets if b >= count)
+
+    def _slots(self, pictures: Sequence[Picture]) -> Tensor:
+        return self._tensor([p.slot for p in pictures], torch.int64)
+
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        tensor = torch.tensor(values, dtype=dtype)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor

@@ -1,0 +1,102 @@
+"""`dit worker`: load a checkpoint once, warm the device, tell Redis what is served, and work until told to stop."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from redis import Redis
+
+from model.checkpoint import DTYPES, Checkpoint, CheckpointError, load
+from model.sampling import available_samplers, max_steps
+from worker.engine import Engine
+from worker.protocol import ModelRecord
+from worker.rq_worker import DiTWorker
+from worker.runner import Runner, can_compile
+
+log = logging.getLogger("dit.worker")
+
+ROWS_CPU, ROWS_CUDA = 32, 128
+
+
+def find_model(registry: Path, name: str | None) -> tuple[str, Path]:
+    """The model's id and folder in the registry; CheckpointError says what there is."""
+    models = sorted(p.name for p in registry.iterdir() if p.is_dir() and not p.name.startswith(".")) if registry.is_dir() else []
+    if name is None and len(models) == 1:
+        name = models[0]
+    if name is None or name not in models:
+        asked = f"no model {name!r}" if name else "DIT_MODEL must choose a model, since there is not just one"
+        raise CheckpointError(f"{asked} in {registry.resolve()}, which has: {', '.join(models) or 'none'}")
+    return name, registry / name
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"DIT_DEVICE={name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the processor has it, else float32."""
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"DIT_DTYPE={name}: must be auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
+    config = checkpoint.config
+    return ModelRecord(
+        id=model,
+        checkpoint=checkpoint.hash,
+        labels=[list(names) for names in config.labels],
+        image_size=config.image_size,
+        image_channels=config.image_channels,
+        objective=config.objective.kind,
+        samplers=available_samplers(config.objective, config.architecture.learn_sigma),
+        max_steps=max_steps(config.objective),
+        defaults={"steps": config.default_steps, "guidance_scale": config.default_guidance_scale, "sampler": config.default_sampler},
+        quality=config.quality,
+        metrics=config.metrics,
+        device=str(checkpoint.device),
+        dtype=str(next(checkpoint.dit.parameters()).dtype).removeprefix("torch."),
+        max_rows=runner.max_rows,
+    )
+
+
+def serve(
+    *,
+    redis_url: str,
+    registry: Path,
+    model: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_rows: int | None = None,
+    compile: bool = True,
+    cache: Path,
+) -> None:
+    """Runs until SIGTERM or SIGINT. Raises CheckpointError or ValueError before anything is served."""
+    name, folder = find_model(registry, model)
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve() / "inductor"))
+    log.info("loading %s on %s in %s", folder, where, str(kind).removeprefix("torch."))
+    checkpoint = load(folder, where, kind)
+    if compile and not can_compile(where):
+        log.warning("no C++ compiler was found, so the model runs uncompiled, more slowly")
+        compile = False
+    rows = max_rows or (ROWS_CUDA if where.type == "cuda" else ROWS_CPU)
+    runner = Runner(checkpoint, max_rows=rows, compile=compile)
+    log.info("%s", "compiling and warming up (the first time takes a minute)" if compile else "warming up")
+    runner.warm_up()
+    worker = DiTWorker(Engine(runner), describe(name, checkpoint, runner), Redis.from_url(redis_url, protocol=2))
+    log.info("serving %s, checkpoint %s", name, checkpoint.hash[:12])
+    worker.work(logging_level="WARNING")
