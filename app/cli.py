@@ -9,7 +9,9 @@ import typer
 if TYPE_CHECKING:
     from app.settings import Settings
 
-app = typer.Typer(help="Class-conditional image generation with a Diffusion Transformer.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Class-conditional image generation with a Diffusion Transformer.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 train = typer.Typer(help="Train the autoencoder, then the DiT on its latents.", no_args_is_help=True)
 app.add_typer(train, name="train")
 
@@ -74,6 +76,25 @@ def train_dit_command(
         return train_dit(loaded, data, vae or runs / "vae", out or runs / "dit", resume=resume)
 
     _train(run)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a registry entry with versions.")],
+    data: DataOption,
+    samples: Annotated[int, typer.Option(help="Pictures to draw.")] = 10_000,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the checkpoint's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="By default the checkpoint's.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="By default the checkpoint's.")] = None,
+    save: Annotated[bool, typer.Option(help="Write metrics, grid and model card into the checkpoint.")] = True,
+) -> None:
+    """Class consistency and Fréchet distances, each beside its floor on real images."""
+    from training.evaluate import evaluate
+
+    try:
+        evaluate(checkpoint, data, samples=samples, steps=steps, guidance_scale=guidance_scale, sampler=sampler, save=save, show=typer.echo)
+    except (ValueError, OSError) as error:
+        fail(str(error))
 
 
 @app.command("up")

@@ -48,7 +48,8 @@ class JobStore:
     """All that the API knows of jobs and models. The synchronous client is for rq, which has no other."""
 
     def __init__(self, sync: Redis, connection: AsyncRedis, *, queue_limit: int, result_ttl_s: int) -> None:
-        self.sync, self.redis = sync, connection
+        self.sync = sync
+        self.redis: Any = connection  # its answers are bytes here, which its types do not say
         self.queue_limit, self.result_ttl_s = queue_limit, result_ttl_s
         self._cancel = connection.register_script(protocol.CANCEL)
 
@@ -82,7 +83,7 @@ class JobStore:
             retry=Retry(max=protocol.MAX_ATTEMPTS - 1),
             description=f"{request.num_images} × {request.steps} steps",
         )
-        record = {
+        record: dict[Any, Any] = {
             "version": protocol.VERSION,
             "status": protocol.QUEUED,
             "model": request.model,
@@ -92,9 +93,9 @@ class JobStore:
             "created_at": time.time(),
         }
         with self.sync.pipeline() as pipeline:
+            queue.enqueue_job(job, pipeline=pipeline)  # first: it opens the transaction itself
             pipeline.hset(protocol.job_key(job_id), mapping=record)
             pipeline.xadd(protocol.events_key(job_id), {"event": "queued", "data": "{}"})
-            queue.enqueue_job(job, pipeline=pipeline)
             pipeline.execute()
 
     async def _record(self, job_id: str) -> dict[bytes, bytes]:

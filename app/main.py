@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from importlib import resources
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from redis import Redis
@@ -50,10 +52,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def swagger_folder() -> str:
-    from swagger_ui_bundle import swagger_ui_path
-
-    return str(swagger_ui_path)
+def swagger_folder() -> Path:
+    """Swagger UI's files, which come inside a package: `/docs` works without a network."""
+    return Path(str(resources.files("fastapi_swagger"))) / "resources"
 
 
 async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:

@@ -1,6 +1,7 @@
 """Errors for clients: RFC 9457 problem documents, each with its status and a sentence that says what is allowed."""
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+
+log = logging.getLogger("dit.api")
 
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {
@@ -100,6 +103,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RedisError)
     async def redis(request: Request, error: RedisError) -> Response:
+        log.warning("Redis: %s", error)
         return response(Problem(503, "the queue (Redis) does not answer; try again shortly", retry_after_s=5), request.url.path)
 
     @app.exception_handler(Exception)

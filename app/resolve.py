@@ -40,7 +40,9 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
     last = MAX_SEED - len(labels) + 1
     seed = body.seed if body.seed is not None else secrets.randbelow(2**32)
     if seed > last:
-        errors.append(field_error("seed", seed, f"must be at most {last} for {len(labels)} images, which use seed … seed + {len(labels) - 1}"))
+        errors.append(
+            field_error("seed", seed, f"must be at most {last} for {len(labels)} images, which use seed … seed + {len(labels) - 1}")
+        )
     if errors:
         raise invalid(errors)
     return GenerationRequest(record.id, tuple(labels), scale, (low, high), steps, sampler, seed)

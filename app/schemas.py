@@ -29,11 +29,19 @@ class GenerateRequest(BaseModel):
         default=None, description="Guide only while t/T is in [low, high]; 0 is clean, 1 is noise."
     )
     steps: Annotated[StrictInt, Field(ge=1, le=1000)] | None = Field(default=None, description="Sampling steps.")
-    quality: Literal["draft", "standard", "best"] | None = Field(default=None, description="A measured setting of the model, in place of steps.")
+    quality: Literal["draft", "standard", "best"] | None = Field(
+        default=None, description="A measured setting of the model, in place of steps."
+    )
     sampler: Annotated[StrictStr, Field(max_length=50)] | None = Field(default=None, description="One of the model's samplers.")
-    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(default=None, description="Picture i uses seed + i; drawn when absent.")
-    num_images: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(default=None, description="Pictures of one class; 1 when absent.")
-    model: Annotated[StrictStr, Field(max_length=100)] | None = Field(default=None, description="A model's id; needed when several are served.")
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
+        default=None, description="Picture i uses seed + i; drawn when absent."
+    )
+    num_images: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
+        default=None, description="Pictures of one class; 1 when absent."
+    )
+    model: Annotated[StrictStr, Field(max_length=100)] | None = Field(
+        default=None, description="A model's id; needed when several are served."
+    )
 
 
 class Progress(BaseModel):

@@ -6,7 +6,7 @@ from model.layers import Attention, Mlp, modulate
 
 
 class AdaLNZeroBlock(nn.Module):
-    """Shift, scale and gate of both halves are regressed from the condition; the gates start at zero, so the block starts as the identity."""
+    """Shift, scale and gate of both halves are regressed from the condition; the gates start at zero, and the block as the identity."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float) -> None:
         super().__init__()
@@ -21,10 +21,6 @@ class AdaLNZeroBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-
-    def reset_condition(self) -> None:
-        nn.init.zeros_(self.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.adaLN_modulation[1].bias)
 
 
 class FinalLayer(nn.Module):

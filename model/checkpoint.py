@@ -248,13 +248,19 @@ def verify(folder: Path) -> dict[str, Any]:
     return document
 
 
+def from_json(kind: type[C], values: dict[str, Any]) -> C:
+    """A configuration from its JSON form, in which tuples are lists. Raises TypeError or ValueError."""
+    arguments: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind(**arguments)
+
+
 def _build(kind: type[C], values: dict[str, Any], where: Path) -> C:
     known = {f.name for f in fields(kind)}
     unknown = set(values) - known
     if unknown:
         raise CheckpointError(f"{where}: {kind.__name__} has no field {sorted(unknown)[0]!r}")
     try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return from_json(kind, values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -295,8 +301,11 @@ def _load_module(module: M, path: Path, device: torch.device, dtype: torch.dtype
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         raise CheckpointError(f"{path}: {'lacks' if missing else 'has an unknown'} key {(missing or unexpected)[0]!r}")
-    stored = next(iter(state.values())).dtype
-    return module.to(device=device, dtype=dtype or stored).eval().requires_grad_(False)
+    module.to(device)
+    # The VAE's latent statistics stay in float32, whatever its weights are.
+    weights = module.autoencoder if isinstance(module, VAE) else module
+    weights.to(dtype or next(iter(state.values())).dtype)
+    return module.eval().requires_grad_(False)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:

@@ -94,5 +94,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _require(self.kind in ("diffusion", "flow"), f"objective must be 'diffusion' or 'flow', got {self.kind!r}")
         _require(self.num_timesteps >= 1, f"num_timesteps must be at least 1, got {self.num_timesteps}")
-        _require(0 < self.beta_start <= self.beta_end < 1, f"betas must satisfy 0 < start ≤ end < 1, got {self.beta_start}, {self.beta_end}")
+        _require(
+            0 < self.beta_start <= self.beta_end < 1, f"betas must satisfy 0 < start ≤ end < 1, got {self.beta_start}, {self.beta_end}"
+        )
         _require(self.logit_normal_std > 0, f"logit_normal_std must be positive, got {self.logit_normal_std}")

@@ -64,7 +64,7 @@ class GaussianDiffusion:
         return torch.where(t == 0, nll, kl) / math.log(2.0)
 
     def losses(self, out: Tensor, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """The hybrid loss per row (B,): `mse` on the noise, `vb` that trains the covariance only (its mean is detached), `loss` their sum."""
+        """The hybrid loss per row (B,): `mse` on the noise, `vb` for the covariance only (its mean is detached), `loss` their sum."""
         predicted, v = out.chunk(2, dim=1)
         mse = (noise - predicted).square().flatten(1).mean(1)
         vb = self.vlb_bits(torch.cat([predicted.detach(), v], dim=1), x0, xt, t)

@@ -42,9 +42,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width, config.time_factor, config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.register_buffer("pos_embed", position_embedding(config.input_size // config.patch_size, width)[None], persistent=False)
-        self.blocks = nn.ModuleList(
-            AdaLNZeroBlock(width, config.num_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(AdaLNZeroBlock(width, config.num_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, config.out_channels, config.norm_eps)
         self.reset_parameters()
 
@@ -55,15 +53,15 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # the convolution seen as a linear
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(self.x_embedder.get_parameter("proj.bias"))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)
-        for block in self.blocks:
-            block.reset_condition()
-        for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name in ("mlp.0.weight", "mlp.2.weight"):
+            nn.init.normal_(self.t_embedder.get_parameter(name), std=0.02)
+        for modulation in (module.adaLN_modulation for module in self.modules() if isinstance(module, AdaLNZeroBlock | FinalLayer)):
+            for parameter in modulation.parameters():
+                nn.init.zeros_(parameter)
+        for parameter in self.final_layer.linear.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         dtype = self.x_embedder.proj.weight.dtype

@@ -44,8 +44,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
     def forward(self, t: Tensor) -> Tensor:
-        weight: Tensor = self.mlp[0].weight
-        return self.mlp(self.features(t).to(weight.dtype))
+        return self.mlp(self.features(t).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class LabelEmbedder(nn.Module):

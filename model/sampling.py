@@ -111,14 +111,14 @@ def max_steps(objective: ObjectiveConfig) -> int:
     return min(MAX_STEPS, objective.num_timesteps) if objective.kind == "diffusion" else MAX_STEPS
 
 
-def build_table(objective: ObjectiveConfig, sampler: str, steps: int) -> SamplerTable:
-    """The table of a named sampler; ValueError names what this objective can do."""
-    known = SAMPLERS[objective.kind]
+def build_table(objective: ObjectiveConfig, sampler: str, steps: int, *, learn_sigma: bool = True) -> SamplerTable:
+    """The table of a named sampler; ValueError names what a model of this objective can do."""
+    known = available_samplers(objective, learn_sigma)
     if sampler not in known:
-        raise ValueError(f"sampler {sampler!r} does not fit the objective {objective.kind!r}, which has: {', '.join(known)}")
+        raise ValueError(f"sampler {sampler!r} does not fit this model ({objective.kind}), which has: {', '.join(known)}")
     if not 1 <= steps <= max_steps(objective):
         raise ValueError(f"steps must be between 1 and {max_steps(objective)}, got {steps}")
-    return known[sampler](objective, steps)
+    return SAMPLERS[objective.kind][sampler](objective, steps)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor | float, channels: int) -> Tensor:
@@ -172,15 +172,12 @@ def sample_latents(
         t = torch.full((rows.shape[0],), float(table.t[i]), device=x.device)
         out = dit(rows, t, y)
         if guided:
-            out = guide(*out.chunk(2), guidance_scale, guidance_channels or channels)
+            conditional, unconditional = out.chunk(2)
+            out = guide(conditional, unconditional, guidance_scale, guidance_channels or channels)
         noise = normal(seeds, torch.full_like(seeds, i + 1), tuple(x.shape[1:]))
-
-        def row(values: Tensor, i: int = i) -> Tensor:
-            return values[i].to(x.device, x.dtype).expand(x.shape[0], *values.shape[1:])
-
-        state = update(
-            state, out, row(table.a), row(table.b), row(table.d), row(table.log_variance_low), row(table.log_variance_high), noise
-        )
+        columns = (table.a, table.b, table.d, table.log_variance_low, table.log_variance_high)
+        a, b, d, low, high = (values[i].to(x.device, x.dtype).expand(x.shape[0], *values.shape[1:]) for values in columns)
+        state = update(state, out, a, b, d, low, high, noise)
     return state[:, 0]
 
 
@@ -210,7 +207,7 @@ def sample(
     y = torch.tensor([config.null_class if c is None else c for c in class_labels], device=device)
     seed = torch.tensor(seeds, dtype=torch.int64, device=device)
     shape = (config.in_channels, config.input_size, config.input_size)
-    table = build_table(checkpoint.config.objective, sampler, steps)
+    table = build_table(checkpoint.config.objective, sampler, steps, learn_sigma=config.learn_sigma)
     latents = sample_latents(
         checkpoint.dit,
         normal(seed, torch.zeros_like(seed), shape),

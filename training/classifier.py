@@ -140,7 +140,8 @@ def _keep(folder: Path, network: ConvNet, record: dict[str, Any]) -> None:
     try:
         save_file({name: value.to("cpu").contiguous() for name, value in network.state_dict().items()}, staged / CLASSIFIER_WEIGHTS)
         (staged / CLASSIFIER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        staged.chmod(0o755)
+        staged.chmod(0o755)  # mkdtemp and safetensors write for the owner alone
+        (staged / CLASSIFIER_WEIGHTS).chmod(0o644)
         if not folder.exists():
             os.rename(staged, folder)
     finally:

@@ -16,5 +16,5 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.model.parameters())
+        averages: list[torch.Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 - decay)

@@ -35,8 +35,8 @@ def _stamp(vae: VAE, split: Split, flips: bool) -> str:
     digest = hashlib.sha256(f"{vae.config} flips={flips}".encode())
     for name, value in sorted(vae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.contiguous().numpy())
-    digest.update(split.images.numpy())
+        digest.update(value.contiguous().numpy().tobytes())
+    digest.update(split.images.numpy().tobytes())
     return digest.hexdigest()
 
 

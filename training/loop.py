@@ -82,7 +82,7 @@ def fit(
     resume: bool,
     title: str,
 ) -> tuple[nn.Module, float]:
-    """Train `model` in place; `loss_at(step)` gives scalar losses of which `loss` is minimised. Returns the EMA model and the seconds spent.
+    """Train `model` in place; `loss_at(step)` gives scalars, of which `loss` is minimised. Returns the EMA model and the seconds spent.
 
     Raises Interrupted after saving, ValueError if there is nothing to resume or something that would be overwritten.
     """

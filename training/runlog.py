@@ -26,10 +26,12 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, if it is a git checkout."""
+    """The commit of the source tree, if it is a git checkout; `-dirty` if it has changes besides."""
     try:
         root = Path(__file__).parent
-        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.checkpoint import from_json
 from model.config import VAEConfig
 from model.sampling import to_pixels
 from model.vae import VAE
@@ -66,7 +67,8 @@ def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) ->
     config, optimiser = vae_config(recipe), recipe.vae.optimiser
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(_SEED)
-    vae = VAE(config).to(device, memory_format=torch.channels_last)
+    vae = VAE(config).to(device)
+    vae.autoencoder.to(memory_format=torch.channels_last)
     latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -111,7 +113,6 @@ def load_vae(folder: Path) -> tuple[VAE, dict[str, Any]]:
     if not (folder / VAE_RECORD).is_file():
         raise ValueError(f"{folder} has no trained VAE ({VAE_RECORD} is missing): run `dit train vae` first, or name one with --vae")
     record = json.loads((folder / VAE_RECORD).read_text())
-    config = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()})
-    vae = VAE(config)
+    vae = VAE(from_json(VAEConfig, record["config"]))
     vae.load_state_dict(load_file(folder / VAE_WEIGHTS))
     return vae.eval().requires_grad_(False), record

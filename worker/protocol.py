@@ -1,14 +1,15 @@
 """What the API and the workers say to each other through Redis. Standard library only; the one list of keys.
 
-| key                              | written by   | holds                                                          | lives                        |
-|----------------------------------|--------------|----------------------------------------------------------------|------------------------------|
-| `rq:queue:dit-<model>`, `rq:…`   | rq           | the queue and the leases; an rq job names no code, only its id | until the job has ended      |
-| `dit:job:<id>`                   | API, worker  | hash, see JOB_FIELDS                                           | result TTL after the end     |
-| `dit:job:<id>:events`            | API, worker  | stream of {event, data}: queued, progress, image, done         | result TTL after the end     |
-| `dit:image:<id>:<execution>:<i>` | worker       | PNG bytes                                                      | result TTL                   |
-| `dit:model:<model>`              | worker       | JSON of ModelRecord                                            | MODEL_TTL_S, renewed         |
+| key                              | written by  | holds                                                 | lives                  |
+|----------------------------------|-------------|-------------------------------------------------------|------------------------|
+| `rq:queue:dit-<model>`, `rq:…`   | rq          | the queue and the leases; an rq job names only its id | until the job ended    |
+| `dit:job:<id>`                   | API, worker | hash, see JOB_FIELDS                                  | TTL after the end      |
+| `dit:job:<id>:events`            | API, worker | stream of {event, data}: queued, progress, image, done | TTL after the end     |
+| `dit:image:<id>:<execution>:<i>` | worker      | PNG bytes                                             | TTL                    |
+| `dit:model:<model>`              | worker      | JSON of ModelRecord                                   | MODEL_TTL_S, renewed   |
+| `dit:reaper:<queue>`             | worker      | the worker that looks for abandoned jobs just now     | seconds                |
 
-State changes that two processes could race for are Lua scripts, below, so that each is one step.
+TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, below, so that each is one step.
 """
 
 import json
@@ -128,7 +129,8 @@ class ModelRecord:
 
 
 # KEYS job, events. ARGV execution, now, most attempts.
-# → "run"; "drop" if it has ended (canceled while queued, or ended by another execution), canceled while its worker was dead, or tried too often.
+# → "run"; "drop" if it has ended (canceled while queued, or ended by another execution); "cancel" if that was asked while no worker had it;
+# "exhausted" if it was tried too often.
 START = """
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status or status == 'succeeded' or status == 'failed' or status == 'canceled' then return 'drop' end
@@ -140,7 +142,8 @@ redis.call('HSETNX', KEYS[1], 'started_at', ARGV[2])
 return 'run'
 """
 
-# KEYS job, events. ARGV execution, step, event, data, events kept. → 0 if another execution owns the job, 2 if it shall be canceled, else 1.
+# KEYS job, events. ARGV execution, step, event, data, events kept.
+# → 0 if another execution owns the job, 2 if it shall be canceled, else 1.
 PROGRESS = """
 if redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
 local status = redis.call('HGET', KEYS[1], 'status')
@@ -166,7 +169,8 @@ redis.call('EXPIRE', KEYS[2], ttl)
 return 1
 """
 
-# KEYS job, events. ARGV execution ('' for any), data of the event. A job whose worker stops or died waits again; one being canceled stays so.
+# KEYS job, events. ARGV execution ('' for any), data of the event.
+# A job whose worker stops or died waits again; one being canceled stays so.
 REQUEUE = """
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
 local status = redis.call('HGET', KEYS[1], 'status')

@@ -14,7 +14,7 @@ class JobResults:
     """The worker's side of `dit:job:<id>`."""
 
     def __init__(self, connection: Redis) -> None:
-        self.connection = connection
+        self.connection: Any = connection  # its answers are bytes here, which its types do not say
         scripts = (protocol.START, protocol.PROGRESS, protocol.FINISH, protocol.REQUEUE)
         self._start, self._progress, self._finish, self._requeue = (connection.register_script(s) for s in scripts)
 
@@ -26,16 +26,20 @@ class JobResults:
         answer = self._start(self._keys(job_id), [execution, time.time(), protocol.MAX_ATTEMPTS])
         return str(answer.decode())
 
-    def request(self, job_id: str) -> GenerationRequest:
-        """The job's request; ValueError if its version or its content is not ours."""
-        version, text = self.connection.hmget(protocol.job_key(job_id), "version", "request")
+    def request(self, job_id: str, checkpoint: str) -> GenerationRequest:
+        """The job's request; ValueError if its version or content is not ours, or it was resolved for another checkpoint than this."""
+        version, text, pinned = self.connection.hmget(protocol.job_key(job_id), "version", "request", "checkpoint")
         if version is None or int(version) not in (protocol.VERSION, protocol.VERSION - 1):
             raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
+        if pinned.decode() != checkpoint:
+            raise ValueError(
+                f"the job is pinned to checkpoint {pinned.decode()[:12]}, but {checkpoint[:12]} is served now; submit it again"
+            )
         return GenerationRequest.parse(text.decode())
 
     def tell(self, job_id: str, execution: str, event: str = "", data: dict[str, Any] | None = None, step: int | None = None) -> str:
         """Publish an event (or none: just ask); answers 'run', 'cancel' or 'lost'."""
-        arguments = [execution, "" if step is None else step, event, json.dumps(data or {}), protocol.EVENTS_KEPT]
+        arguments: list[Any] = [execution, "" if step is None else step, event, json.dumps(data or {}), protocol.EVENTS_KEPT]
         return ("lost", "run", "cancel")[int(self._progress(self._keys(job_id), arguments))]
 
     def store_image(self, job_id: str, execution: str, index: int, png: bytes, ttl_s: int) -> None:

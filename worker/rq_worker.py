@@ -120,7 +120,7 @@ class DiTWorker(BaseWorker):
             if verdict == "run" and job.func_name != protocol.OPERATION:
                 raise ValueError(f"operation {job.func_name!r} is not known; only {protocol.OPERATION!r} is")
             if verdict == "run":
-                request = self.results.request(job.id)
+                request = self.results.request(job.id, self.record.checkpoint)
                 self.engine.add(job.id, request)
                 self.leases[job.id] = Lease(job, execution, request, self.results.ttl_s(job.id))
                 self.results.tell(job.id, execution.id, "progress", {"step": 0, "steps": request.steps}, step=0)

@@ -85,13 +85,13 @@ class Runner:
         c = self.config
         self.shape = (c.in_channels, c.input_size, c.input_size)
         self.state = torch.zeros(max_rows, K, *self.shape, device=self.device)
-        self._vae = checkpoint.vae
+        checkpoint.vae.autoencoder.to(memory_format=torch.channels_last)
+        self._decode = checkpoint.vae.decode
         self._forward: Any = checkpoint.dit
-        self._decode: Any = checkpoint.vae.decode
         if compile:
-            self._forward = torch.compile(checkpoint.dit, dynamic=False)
-            self._decode = torch.compile(checkpoint.vae.decode, dynamic=False)
+            self._forward = torch.compile(checkpoint.dit, dynamic=False)  # a graph per bucket
         self.buckets = row_buckets(max_rows)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(self.buckets) + 1)
         self.decode_buckets = [b for b in (SMALLEST_DECODE, 4, 8, 16) if b <= max(SMALLEST_DECODE, max_rows)]
 
     @torch.inference_mode()
@@ -118,7 +118,8 @@ class Runner:
         wrong = [y for y in request.class_labels if y is not None and not 0 <= y < self.config.num_classes]
         if wrong:
             raise ValueError(f"class labels are 0 … {self.config.num_classes - 1}, got {wrong[0]}")
-        return make_plan(build_table(self.checkpoint.config.objective, request.sampler, request.steps), request)
+        objective = self.checkpoint.config.objective
+        return make_plan(build_table(objective, request.sampler, request.steps, learn_sigma=self.config.learn_sigma), request)
 
     @torch.inference_mode()
     def start(self, pictures: Sequence[Picture]) -> None:

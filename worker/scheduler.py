@@ -88,7 +88,7 @@ class Scheduler:
 
     def admit(self) -> list[Picture]:
         """Give slots to waiting pictures while they fit: first to the job with the fewest running, then in order of arrival."""
-        admitted = []
+        admitted: list[Picture] = []
         while True:
             room = self.max_rows - self.committed_rows
             candidates = [job for job in self.jobs.values() if job.waiting and job.widest <= room]

@@ -65,7 +65,7 @@ def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
         max_steps=max_steps(config.objective),
         defaults={"steps": config.default_steps, "guidance_scale": config.default_guidance_scale, "sampler": config.default_sampler},
         quality=config.quality,
-        metrics=config.metrics,
+        metrics={name: value for name, value in config.metrics.items() if isinstance(value, int | float)},
         device=str(checkpoint.device),
         dtype=str(next(checkpoint.dit.parameters()).dtype).removeprefix("torch."),
         max_rows=runner.max_rows,
@@ -89,7 +89,10 @@ def serve(
     kind = choose_dtype(dtype, where)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve() / "inductor"))
     log.info("loading %s on %s in %s", folder, where, str(kind).removeprefix("torch."))
-    checkpoint = load(folder, where, kind)
+    checkpoint = load(folder, where)
+    checkpoint.dit.to(kind)
+    if checkpoint.vae:  # decoding is a small part of the work: on the CPU in float32, which spares a grey level
+        checkpoint.vae.autoencoder.to(kind if where.type == "cuda" else torch.float32)
     if compile and not can_compile(where):
         log.warning("no C++ compiler was found, so the model runs uncompiled, more slowly")
         compile = False

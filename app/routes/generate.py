@@ -30,7 +30,10 @@ def preferred_wait(prefer: str | None) -> int:
     "/generate",
     status_code=202,
     response_model=JobView,
-    responses={200: {"model": JobView, "content": {"image/png": {}}, "description": "Ended within `Prefer: wait`."}, **problems(409, 422, 429, 503)},
+    responses={
+        200: {"model": JobView, "content": {"image/png": {}}, "description": "Ended within `Prefer: wait`."},
+        **problems(409, 422, 429, 503),
+    },
 )
 async def generate(
     body: GenerateRequest,

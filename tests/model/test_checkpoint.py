@@ -207,6 +207,18 @@ def test_the_whole_manifest_is_vouched_for(saved: Path) -> None:
             read_config(saved)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"\n", b"\t"), (b"  ", b" \n"), (b"}\n", b"}\n\n"), (b": 4,", b":  4,"), (b'"depth"', b'"\\u0064epth"')]
+)
+def test_a_manifest_that_only_reads_the_same_is_refused(saved: Path, old: bytes, new: bytes) -> None:
+    path = saved / "checkpoint.json"
+    sound = path.read_bytes()
+    path.write_bytes(sound.replace(old, new))
+    assert json.loads(path.read_bytes()) == json.loads(sound) and path.read_bytes() != sound
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json was changed"):
+        load(saved)
+
+
 @pytest.mark.parametrize("name", FILES[:3])
 @pytest.mark.parametrize("damage", ["truncated", "extended", "empty", "missing", "folder"])
 def test_a_damaged_file_is_refused_and_named(saved: Path, name: str, damage: str) -> None:

@@ -201,6 +201,21 @@ def test_ddpm_samples_gaussian_data_with_its_moments() -> None:
     assert float(latents.mean()) == pytest.approx(MEAN, abs=0.03) and float(latents.std()) == pytest.approx(STD, abs=0.03)
 
 
+def test_ddpm_is_the_reference_loop_with_the_noise_of_each_evaluation() -> None:
+    """Every step by `p_mean_variance`; evaluation 0 is the initial latent, evaluation k + 1 the noise after the k-th network call."""
+    objective, steps = ObjectiveConfig("diffusion", num_timesteps=6), 6
+    diffusion, (seeds, x) = GaussianDiffusion(objective), start()
+
+    def network(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
+        return torch.cat([x.sin(), x.cos()], dim=1) * (1 + t.view(-1, 1, 1, 1) / 10)
+
+    for k, t in enumerate(reversed(range(steps))):
+        time = torch.full((4,), t)
+        mean, log_variance, _ = diffusion.p_mean_variance(network(x, time, time), x, time)
+        x = mean + (t > 0) * torch.exp(log_variance / 2) * normal(seeds, torch.full_like(seeds, k + 1), SHAPE)
+    torch.testing.assert_close(run(objective, "ddpm", steps, network), x, rtol=1e-4, atol=1e-4)
+
+
 # --- guidance ----------------------------------------------------------------------------------------------------------
 
 
