@@ -21,7 +21,9 @@ from worker import protocol
 from worker.protocol import FINAL, GenerationRequest, ModelRecord
 
 Event = tuple[str, str, str]  # stream id, name, JSON
-_RESPONSIVE_S = 5.0  # how long one blocking read lasts at most
+SOCKET_TIMEOUT_S = 5.0  # a Redis silent for this long is away
+MAX_CONNECTIONS = 2000  # each caller that waits or watches holds one
+_BLOCK_S = 2.0  # one blocking read; it must end well before the socket's timeout
 
 
 def new_id() -> str:
@@ -157,10 +159,11 @@ class JobStore:
         """Every event after a stream id, then new ones as they come, to `done`; None now and then, so that the caller can ping."""
         await self._record(job_id)
         while True:
-            block = int(_RESPONSIVE_S * 1000)
+            ended = await self._ended(job_id)  # asked before reading, so that the read then sees all that will ever come
+            block = None if ended else int(_BLOCK_S * 1000)
             answer = await self.redis.xread({protocol.events_key(job_id): after}, count=100, block=block)
             if not answer:
-                if not await self.redis.exists(protocol.job_key(job_id)):
+                if ended:
                     return
                 yield None
                 continue
@@ -178,8 +181,12 @@ class JobStore:
                     pass
         except TimeoutError:
             return False
+        return await self._ended(job_id)
+
+    async def _ended(self, job_id: str) -> bool:
+        """Whether nothing more will be told of the job: it has ended, or expired."""
         status = await self.redis.hget(protocol.job_key(job_id), "status")
-        return status is not None and status.decode() in FINAL
+        return status is None or status.decode() in FINAL
 
 
 def public_request(request: GenerationRequest) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """create_app(): lifespan, middleware, routes, the page."""
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from redis import Redis
@@ -11,7 +13,7 @@ from redis.asyncio import Redis as AsyncRedis
 from starlette.staticfiles import StaticFiles
 
 from app import problems
-from app.jobs import JobStore
+from app.jobs import MAX_CONNECTIONS, SOCKET_TIMEOUT_S, JobStore
 from app.routes import generate, jobs, models, system
 from app.schemas import ProblemView
 from app.settings import Settings
@@ -28,7 +30,8 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # RESP 2: one shape of answers, whatever the client library's default becomes.
-        sync, connection = Redis.from_url(url, protocol=2), AsyncRedis.from_url(url, protocol=2)
+        options: dict[str, Any] = {"protocol": 2, "socket_timeout": SOCKET_TIMEOUT_S, "max_connections": MAX_CONNECTIONS}
+        sync, connection = Redis.from_url(url, **options), AsyncRedis.from_url(url, **options)
         app.state.jobs = JobStore(sync, connection, queue_limit=settings.queue_limit, result_ttl_s=settings.result_ttl)
         yield
         await connection.aclose()
@@ -61,7 +64,7 @@ async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[
     """413 for a body that says it is too large, or that does not say how large it is."""
     if request.method in ("POST", "PUT", "PATCH"):
         length = request.headers.get("content-length", "")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        if not re.fullmatch(r"[0-9]{1,10}", length) or int(length) > MAX_BODY_BYTES:
             detail = f"a body needs a Content-Length of at most {MAX_BODY_BYTES} bytes, got {length[:20]!a}"
             return problems.response(problems.Problem(413, detail), request.url.path)
     return await call_next(request)

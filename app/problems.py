@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -49,12 +49,14 @@ def shown(value: Any) -> str:
     """A wrong value, short, in ASCII: it may hold anything, lone surrogates too."""
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError):  # bytes, say
         text = ascii(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= _SHOWN_INPUT else text[:_SHOWN_INPUT] + "…"
 
 
-def response(problem: Problem, instance: str) -> Response:
+def response(problem: Problem, instance: str, headers: Mapping[str, str] | None = None) -> Response:
     document: dict[str, Any] = {
         "type": "about:blank",
         "title": _TITLES.get(problem.status, "Error"),
@@ -64,14 +66,14 @@ def response(problem: Problem, instance: str) -> Response:
     }
     if problem.status == 422:
         document["errors"] = problem.errors
-    headers = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
-    return Response(json.dumps(document), problem.status, headers, MEDIA_TYPE)
+    retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    return Response(json.dumps(document), problem.status, {**(headers or {}), **retry}, MEDIA_TYPE)
 
 
 def _validation(error: RequestValidationError) -> Problem:
     entries = []
     for item in error.errors():
-        location = [str(part) for part in item["loc"] if part not in ("body", "query", "path", "header")]
+        location = [str(part) for part in item["loc"][1:]]  # after "body", "path" or "header"
         if item["type"] == "json_invalid":
             entries.append({"field": "body", "detail": f"must be JSON: {item['ctx']['error']}"})
             continue
@@ -99,7 +101,7 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # a body that no JSON parser takes: too deep, digits without end
             return response(invalid([{"field": "body", "detail": "must be JSON of moderate depth and size"}]), request.url.path)
-        return response(Problem(error.status_code, str(error.detail)), request.url.path)
+        return response(Problem(error.status_code, str(error.detail)), request.url.path, error.headers)
 
     @app.exception_handler(RedisError)
     async def redis(request: Request, error: RedisError) -> Response:

@@ -301,10 +301,11 @@ def _load_module(module: M, path: Path, device: torch.device, dtype: torch.dtype
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         raise CheckpointError(f"{path}: {'lacks' if missing else 'has an unknown'} key {(missing or unexpected)[0]!r}")
-    module.to(device)
-    # The VAE's latent statistics stay in float32, whatever its weights are.
-    weights = module.autoencoder if isinstance(module, VAE) else module
-    weights.to(dtype or next(iter(state.values())).dtype)
+    kind = dtype or next(iter(state.values())).dtype
+    if isinstance(module, VAE):
+        module.to(device).cast(kind)
+    else:
+        module.to(device, kind)
     return module.eval().requires_grad_(False)
 
 

@@ -40,6 +40,12 @@ class VAE(nn.Module):
         for name, values, default in (("latent_mean", config.latent_mean, 0.0), ("latent_std", config.latent_std, 1.0)):
             self.register_buffer(name, torch.tensor(values or (default,) * channels).view(1, -1, 1, 1), persistent=False)
 
+    def cast(self, dtype: torch.dtype) -> "VAE":
+        """Weights to `dtype`, in place; the latent statistics stay in float32."""
+        for module in self.autoencoder.children():  # by parts: diffusers warns of a cast of the whole
+            module.to(dtype)
+        return self
+
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior over normalised latents, float32, each (B, C, h, w)."""
         posterior = self.autoencoder.encode(images.to(self.autoencoder.dtype)).latent_dist

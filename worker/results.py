@@ -59,7 +59,7 @@ class JobResults:
 
     def _end(self, job_id: str, execution: str, status: str, images: list[dict[str, Any]], error: str) -> bool:
         done = json.dumps({"status": status, **({"error": error} if error else {})})
-        arguments = [execution, status, time.time(), json.dumps(images), error, done]
+        arguments: list[Any] = [execution, status, time.time(), json.dumps(images), error, done]
         return bool(self._finish(self._keys(job_id), arguments))
 
     def give_back(self, job_id: str, execution: str = "") -> bool:

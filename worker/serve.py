@@ -92,7 +92,7 @@ def serve(
     checkpoint = load(folder, where)
     checkpoint.dit.to(kind)
     if checkpoint.vae:  # decoding is a small part of the work: on the CPU in float32, which spares a grey level
-        checkpoint.vae.autoencoder.to(kind if where.type == "cuda" else torch.float32)
+        checkpoint.vae.cast(kind if where.type == "cuda" else torch.float32)
     if compile and not can_compile(where):
         log.warning("no C++ compiler was found, so the model runs uncompiled, more slowly")
         compile = False

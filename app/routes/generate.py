@@ -43,14 +43,15 @@ async def generate(
 ) -> Response:
     """Queue a job. With `Prefer: wait=N` and `Accept: image/png`, a job of one image answers with the picture itself."""
     record = choose_model(body.model, await store.models())
-    job_id = await store.submit(resolve(body, record), record.checkpoint)
+    request = resolve(body, record)
+    job_id = await store.submit(request, record.checkpoint)
     headers = {"Location": f"/jobs/{job_id}"}
     wait_s = preferred_wait(prefer)
     ended = bool(wait_s) and await store.wait(job_id, wait_s)
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
     job = await store.get(job_id)
-    if ended and "image/png" in (accept or "").lower() and len(job["images"] or [None]) == 1:
+    if ended and "image/png" in (accept or "").lower() and request.num_images == 1:
         return await _picture(store, job_id, str(job["status"]), job["error"], headers)
     return JSONResponse(job, 200 if ended else 202, headers)
 

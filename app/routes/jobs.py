@@ -1,16 +1,20 @@
 """`/jobs/{id}`: the job, its pictures, its events, its end."""
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from redis.exceptions import RedisError
 
 from app.jobs import JobStore
 from app.problems import Problem, field_error, invalid
 from app.routes.dependencies import Store, problems
 from app.schemas import MAX_IMAGES, JobView
 from worker import protocol
+
+log = logging.getLogger("dit.api")
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -72,9 +76,13 @@ def _stream_id(given: str | None) -> str:
 
 
 async def _lines(store: JobStore, job_id: str, after: str) -> AsyncIterator[str]:
-    async for event in store.events(job_id, after):
-        if event is None:
-            yield ": still here\n\n"
-        else:
-            stream_id, name, data = event
-            yield f"id: {stream_id}\nevent: {name}\ndata: {data}\n\n"
+    """Ends early when Redis goes away: the client comes back with the id it has."""
+    try:
+        async for event in store.events(job_id, after):
+            if event is None:
+                yield ": still here\n\n"
+            else:
+                stream_id, name, data = event
+                yield f"id: {stream_id}\nevent: {name}\ndata: {data}\n\n"
+    except RedisError as error:
+        log.warning("events of job %s: Redis: %s", job_id, error)

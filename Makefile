@@ -1,0 +1,49 @@
+# make run · make test · make check · make bench · make clean        needs Python >= 3.11 with venv and pip
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench clean
+
+help:
+	@echo "make run    set up and start everything on this machine; prints the URL"
+	@echo "make test   set up and run every test"
+	@echo "make check  format, lint, types, import rules"
+	@echo "make bench  pictures/s beside diffusers' DiTPipeline"
+	@echo "make clean  remove what was set up (not .dit, which holds queued jobs)"
+
+# A stamp per set of packages, so that a second start installs nothing. torch comes first and by itself: pip takes the pinned build.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit("dit needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || { echo "dit: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "dit: installing what constraints.txt pins (the first time takes a few minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(1)]"
+	@touch $@
+endef
+
+$(VENV)/local.stamp: pyproject.toml constraints.txt
+	$(call install,local)
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	$(call install,dev)
+	@touch $(VENV)/local.stamp
+
+run: $(VENV)/local.stamp
+	@exec $(BIN)/dit up
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/sampling.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis test-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
