@@ -1,5 +1,6 @@
 """`dit …`: every command. Heavy imports happen inside the command that needs them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -136,6 +137,8 @@ def worker_command() -> None:
         fail("DIT_REDIS_URL must be set for a worker alone (`dit up` brings a server of its own)", CONFIGURATION_ERROR)
     _log_to_stderr()
     end_with_supervisor()
+    # Before torch is imported, which reads it once: compiled graphs outlive the process, so that a second start is quick.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data.resolve() / "compiled"))
     from worker.serve import serve
 
     try:
@@ -147,7 +150,6 @@ def worker_command() -> None:
             dtype=settings.dtype,
             max_rows=settings.max_rows,
             compile=settings.compile,
-            cache=settings.data,
         )
     except ValueError as error:  # CheckpointError is one
         fail(str(error), CONFIGURATION_ERROR)

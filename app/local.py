@@ -5,6 +5,7 @@ supervisor gone ends by itself.
 """
 
 import fcntl
+import http.client
 import os
 import signal
 import socket
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 
 from app.embedded import EmbeddedServer
 from app.settings import Settings
+from worker import protocol
 
 CONFIGURATION_ERROR = 78  # exit status of a child that would fail again in the same way (sysexits.h)
 PARENT = "DIT_SUPERVISOR"  # environment: the supervisor's process id, for end_with_supervisor()
@@ -133,10 +134,8 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         else:
             say(f"starting the embedded Valkey, its data in {settings.data.resolve()}")
             server = EmbeddedServer(settings.data)
-            try:
-                server.start()
-            except (RuntimeError, OSError) as error:
-                raise StartError(str(error)) from error
+            _start(server)
+            _forget_models(server)
             url = server.url
         environment = {**os.environ, "DIT_REDIS_URL": url, PARENT: str(os.getpid())}
         children = [Child("api", environment), Child("worker", environment)]
@@ -150,15 +149,30 @@ def _run(settings: Settings, stop: threading.Event) -> None:
             server.stop()
 
 
+def _start(server: EmbeddedServer) -> None:
+    try:
+        server.start()
+    except (RuntimeError, OSError) as error:
+        raise StartError(str(error)) from error
+
+
+def _forget_models(server: EmbeddedServer) -> None:
+    """No worker runs yet; the record that one of a killed run left would else be believed until it expires."""
+    with Redis.from_url(server.url, protocol=2) as client:
+        for key in client.scan_iter(protocol.MODEL_KEYS, count=1000):
+            client.delete(key)
+
+
 def _watch(settings: Settings, children: list[Child], server: EmbeddedServer | None, stop: threading.Event) -> None:
-    address = f"http://{settings.host}:{settings.port}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{settings.port}"
     ready, next_look = False, 0.0
     while not stop.is_set():
         for child in children:
             child.check(say)
         if server and server.process and server.process.poll() is not None:
             say("the embedded server ended; starting it again")
-            server.start()
+            _start(server)
         if not ready and time.monotonic() >= next_look:
             next_look = time.monotonic() + 0.5
             ready = _is_ready(address)
@@ -169,10 +183,11 @@ def _watch(settings: Settings, children: list[Child], server: EmbeddedServer | N
 
 
 def _is_ready(address: str) -> bool:
+    """Asked directly, whatever proxy the environment names."""
     try:
-        with urllib.request.urlopen(f"{address}/readyz", timeout=2) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{address}/readyz", timeout=2) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
+    except (OSError, http.client.HTTPException):  # URLError is an OSError
         return False
 
 

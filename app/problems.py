@@ -24,6 +24,7 @@ _TITLES = {
     500: "Internal error",
     503: "Not available",
 }
+_MESSAGES = {"extra_forbidden": "is not a field of this request", "missing": "lacks an item"}  # in place of pydantic's
 _SHOWN_INPUT = 80  # characters of a wrong value that are repeated
 
 
@@ -71,19 +72,36 @@ def response(problem: Problem, instance: str, headers: Mapping[str, str] | None 
 
 
 def _validation(error: RequestValidationError) -> Problem:
-    entries = []
+    by_field: dict[str, list[dict[str, Any]]] = {}
     for item in error.errors():
-        location = [str(part) for part in item["loc"][1:]]  # after "body", "path" or "header"
         if item["type"] == "json_invalid":
-            entries.append({"field": "body", "detail": f"must be JSON: {item['ctx']['error']}"})
-            continue
-        message = {"extra_forbidden": "is not a field of this request", "missing": "is required"}.get(item["type"], item["msg"])
-        field = location[0] if location else "body"
-        entry = {"field": field, "detail": message} if item["type"] == "missing" else field_error(field, item.get("input"), message)
-        # A union reports each of its members; one line a field and message is enough.
-        if entry not in entries:
-            entries.append(entry)
-    return invalid(entries)
+            return invalid([{"field": "body", "detail": f"must be JSON: {item['ctx']['error']}"}])
+        location = item["loc"][1:]  # after "body", "path" or "header"
+        by_field.setdefault(str(location[0]) if location else "body", []).append(item)
+    return invalid([entry for field, items in by_field.items() for entry in _entries(field, items)])
+
+
+def _entries(field: str, items: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A union reports each of its members; told are those that came closest, in one line for each wrong value."""
+    if items[0]["type"] == "missing" and len(items[0]["loc"]) == 2:
+        return [{"field": field, "detail": "is required"}]
+    closest = max(_closeness(item) for item in items)
+    allowed: dict[str, list[str]] = {}
+    for item in items:
+        messages = allowed.setdefault(shown(item.get("input")), [])
+        message = _MESSAGES.get(item["type"], item["msg"]).replace("Input should be ", "must be ").replace(" after validation", "")
+        if _closeness(item) == closest and message not in messages:
+            messages.append(message)
+    return [
+        {"field": field, "detail": f"{' or '.join(messages).replace(' or must be ', ' or ')}; got {got}"}
+        for got, messages in allowed.items()
+        if messages
+    ]
+
+
+def _closeness(item: dict[str, Any]) -> tuple[bool, int]:
+    """A value of the right type and out of range is closer than one of the wrong type; an entry of a list is closer than the list."""
+    return not item["type"].endswith("_type"), len(item["loc"])
 
 
 def install(app: FastAPI) -> None:

@@ -3,8 +3,8 @@
     python benchmarks/sampling.py [--device cuda] [--steps 25] [--batches 1 16] [--repeats 3]
 
 The bundled checkpoint's shape under the paper's objective (noise and learned covariance, DDIM), with random weights: their values don't
-matter for speed. Denoising and decoding are timed apart, both sides in turn, and the median of the repeats counts, so that a noisy machine disturbs
-both alike. The pipeline runs in our dtype and in its default one (float32). The last line is JSON.
+matter for speed. Denoising and decoding are timed apart, both sides in turn, and the median of the repeats counts, so that a noisy machine
+disturbs both alike. The pipeline runs in our dtype and in its default one (float32). The last line is JSON.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from model.config import DiTConfig, ObjectiveConfig, VAEConfig
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
 from model.flow import RectifiedFlow
+from model.sampling import available_samplers, max_steps
 from model.vae import VAE
 
 FORMAT = 1
@@ -61,6 +62,14 @@ class CheckpointConfig:
             raise ValueError(f"the VAE's latents are {self.vae.latent_size} wide, the DiT takes {self.architecture.input_size}")
         if self.vae and self.vae.latent_channels != self.architecture.in_channels:
             raise ValueError(f"the VAE's latents have {self.vae.latent_channels} channels, the DiT takes {self.architecture.in_channels}")
+        if self.vae and (self.vae.image_size, self.vae.image_channels) != (self.image_size, self.image_channels):
+            made = f"{self.vae.image_size} pixels and {self.vae.image_channels} channels"
+            raise ValueError(f"the VAE makes {made}, but image_size is {self.image_size} and image_channels {self.image_channels}")
+        known = available_samplers(self.objective, self.architecture.learn_sigma)
+        if self.default_sampler not in known:
+            raise ValueError(f"the default sampler {self.default_sampler!r} is none of this model's: {', '.join(known)}")
+        if not 1 <= self.default_steps <= max_steps(self.objective):
+            raise ValueError(f"the default steps must be between 1 and {max_steps(self.objective)}, got {self.default_steps}")
 
 
 @dataclass
@@ -147,13 +156,18 @@ def _write_manifest(folder: Path, config: CheckpointConfig) -> str:
     return str(document["hash"])
 
 
-def _replace_folder(staged: Path, target: Path) -> None:
-    """Put a finished folder in the target's place; an older folder there is moved aside first and removed after."""
+def _replace_folder(staged: Path, target: Path, overwrite: bool) -> None:
+    """Put a finished folder in the target's place; to overwrite, an older folder there is moved aside first and removed after."""
     aside = None
-    if target.exists():
+    if overwrite and target.exists():
         aside = target.with_name(f".{target.name}.old-{os.getpid()}")
         os.rename(target, aside)
-    os.rename(staged, target)
+    try:
+        os.rename(staged, target)  # OSError if a folder has appeared there meanwhile
+    except BaseException:
+        if aside:
+            os.rename(aside, target)
+        raise
     _fsync(target.parent)
     if aside:
         shutil.rmtree(aside)
@@ -178,6 +192,9 @@ def save(
     target = Path(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; a checkpoint is never written over another unless told to")
+    vae_config = checkpoint.vae.config if checkpoint.vae else None
+    if (checkpoint.dit.config, vae_config) != (checkpoint.config.architecture, checkpoint.config.vae):
+        raise ValueError("the configuration of the DiT or the VAE does not match the checkpoint's, which could not be loaded again")
     staged = _stage(target)
     try:
         for name, module, kind in (("dit", checkpoint.dit, dtype), ("vae", checkpoint.vae, None)):
@@ -187,7 +204,7 @@ def save(
                 (staged / WEIGHTS[name]).chmod(0o644)  # it is served by another user than the one who trained it
         (staged / "README.md").write_text(card or "No model card was given.\n")
         identity = _write_manifest(staged, checkpoint.config)
-        _replace_folder(staged, target)
+        _replace_folder(staged, target, overwrite)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     checkpoint.hash = identity
@@ -206,7 +223,7 @@ def annotate(path: str | Path, *, metrics: dict[str, Any], card: str, files: dic
             (staged / name).write_bytes(content)
         (staged / "README.md").write_text(card)
         _write_manifest(staged, replace(_parse(document, target), metrics=metrics))
-        _replace_folder(staged, target)
+        _replace_folder(staged, target, overwrite=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -218,10 +235,10 @@ def resolve(path: str | Path) -> Path:
         return folder
     latest = folder / "latest"
     if latest.is_file():
-        version = folder / latest.read_text().strip()
-        if version.parent == folder and (version / MANIFEST).is_file():
-            return version
-        raise CheckpointError(f"{latest} names {version.name!r}, which is no checkpoint folder beside it")
+        name = latest.read_text().strip()
+        if Path(name).name == name != ".." and (folder / name / MANIFEST).is_file():
+            return folder / name
+        raise CheckpointError(f"{latest} names {name!r}, which is no checkpoint folder beside it")
     raise CheckpointError(f"{folder} is not a checkpoint: it has neither {MANIFEST} nor a file 'latest'")
 
 
@@ -239,7 +256,11 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{manifest} has format {document.get('format')!r}; this version reads format {FORMAT}")
     if not sound:
         raise CheckpointError(f"{manifest} was changed after it was written: its checksum does not fit")
-    for name, entry in document["files"].items():
+    files = document.get("files", {})
+    for kind, name in WEIGHTS.items():
+        if name not in files and (kind == "dit" or document.get(kind)):
+            raise CheckpointError(f"{manifest} has no sha256 of {name} among its files")
+    for name, entry in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path} is missing")
@@ -297,10 +318,13 @@ M = TypeVar("M", DiT, VAE)
 
 
 def _load_module(module: M, path: Path, device: torch.device, dtype: torch.dtype | None) -> M:
-    state = load_file(path, device=str(device))
-    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
-    if missing or unexpected:
-        raise CheckpointError(f"{path}: {'lacks' if missing else 'has an unknown'} key {(missing or unexpected)[0]!r}")
+    state, expected = load_file(path, device=str(device)), module.state_dict()
+    for key in sorted(expected.keys() ^ state.keys()):
+        raise CheckpointError(f"{path}: {'lacks' if key in expected else 'has an unknown'} key {key!r}")
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise CheckpointError(f"{path}: {key} has size {tuple(value.shape)}, but {MANIFEST} describes {tuple(expected[key].shape)}")
+    module.load_state_dict(state, assign=True)
     kind = dtype or next(iter(state.values())).dtype
     if isinstance(module, VAE):
         module.to(device).cast(kind)
@@ -314,6 +338,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     folder = resolve(path)
     document = verify(folder)
     config, where = _parse(document, folder), torch.device(device)
-    dit = _load_module(DiT(config.architecture), folder / WEIGHTS["dit"], where, dtype)
-    vae = _load_module(VAE(config.vae), folder / WEIGHTS["vae"], where, dtype) if config.vae else None
+    with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced at once
+        empty_dit, empty_vae = DiT(config.architecture), VAE(config.vae) if config.vae else None
+    dit = _load_module(empty_dit, folder / WEIGHTS["dit"], where, dtype)
+    vae = _load_module(empty_vae, folder / WEIGHTS["vae"], where, dtype) if empty_vae else None
     return Checkpoint(config, dit, vae, str(document["hash"]))

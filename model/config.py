@@ -62,6 +62,9 @@ class VAEConfig:
     latent_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "latent_channels", "layers_per_block", "norm_num_groups"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(len(self.block_out_channels) >= 1, "block_out_channels must name at least one level's width")
         _require(self.image_channels in (1, 3), f"image_channels must be 1 (grey) or 3 (RGB), got {self.image_channels}")
         _require(self.image_size % self.factor == 0, f"image_size {self.image_size} is not a multiple of the VAE's factor {self.factor}")
         for width in self.block_out_channels:
@@ -93,7 +96,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _require(self.kind in ("diffusion", "flow"), f"objective must be 'diffusion' or 'flow', got {self.kind!r}")
-        _require(self.num_timesteps >= 1, f"num_timesteps must be at least 1, got {self.num_timesteps}")
+        _require(self.num_timesteps >= 2, f"num_timesteps must be at least 2, got {self.num_timesteps}")
         _require(
             0 < self.beta_start <= self.beta_end < 1, f"betas must satisfy 0 < start ≤ end < 1, got {self.beta_start}, {self.beta_end}"
         )

@@ -17,8 +17,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def position_embedding(size: int, width: int) -> Tensor:
     """Frozen 2-D sine-cosine table (size², width): column position in the first half of the channels, row in the second."""
-    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(size, dtype=torch.float64)[:, None] * frequency  # (size, width/4)
+    # On the CPU by name: the table is not stored, so it must be a real one also in a network built on the meta device.
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    angle = torch.arange(size, dtype=torch.float64, device="cpu")[:, None] * frequency  # (size, width/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (size, width/2)
     column = axis[None, :, :].expand(size, size, -1)
     row = axis[:, None, :].expand(size, size, -1)

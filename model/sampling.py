@@ -9,6 +9,7 @@ so that requests with different samplers, step counts and positions are one batc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
 
 MAX_STEPS = 1000
+SMALLEST_BATCH = 4  # with fewer rows the CPU's kernels give other bits; `sample()` pads to this, as the worker does
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def paper_timesteps(num_timesteps: int, steps: int) -> list[int]:
     if steps == 1:
         return [num_timesteps - 1]
     stride = (num_timesteps - 1) / (steps - 1)
-    return [round(i * stride) for i in range(steps)]
+    # Accumulated, as the official code does it: the product would round to another time at some step counts.
+    return [round(t) for t in accumulate(repeat(stride, steps - 1), initial=0.0)]
 
 
 def _table(t: Tensor, fraction: Tensor, a: Tensor, b: Tensor, d: Tensor, low: Tensor, high: Tensor) -> SamplerTable:
@@ -204,8 +207,10 @@ def sample(
     if wrong:
         raise ValueError(f"class labels are 0 … {config.num_classes - 1} or None, got {wrong[0]}")
     device = checkpoint.device
-    y = torch.tensor([config.null_class if c is None else c for c in class_labels], device=device)
-    seed = torch.tensor(seeds, dtype=torch.int64, device=device)
+    count = len(seeds)
+    padding = max(0, SMALLEST_BATCH - count)
+    y = torch.tensor([config.null_class if c is None else c for c in [*class_labels, *[None] * padding]], device=device)
+    seed = torch.tensor([*seeds, *[0] * padding], dtype=torch.int64, device=device)
     shape = (config.in_channels, config.input_size, config.input_size)
     table = build_table(checkpoint.config.objective, sampler, steps, learn_sigma=config.learn_sigma)
     latents = sample_latents(
@@ -217,4 +222,4 @@ def sample(
         guidance_scale=guidance_scale,
         seeds=seed,
     )
-    return to_pixels(checkpoint.vae.decode(latents))
+    return to_pixels(checkpoint.vae.decode(latents))[:count]

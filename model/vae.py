@@ -38,7 +38,7 @@ class VAE(nn.Module):
         self.autoencoder: Any = build_autoencoder(config)
         channels = config.latent_channels
         for name, values, default in (("latent_mean", config.latent_mean, 0.0), ("latent_std", config.latent_std, 1.0)):
-            self.register_buffer(name, torch.tensor(values or (default,) * channels).view(1, -1, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values or (default,) * channels, device="cpu").view(1, -1, 1, 1), persistent=False)
 
     def cast(self, dtype: torch.dtype) -> "VAE":
         """Weights to `dtype`, in place; the latent statistics stay in float32."""

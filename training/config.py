@@ -36,6 +36,9 @@ class OptimiserConfig:
         for name in ("steps", "batch_size", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in 0 … 1, got {self.ema_decay}")
 
@@ -106,7 +109,10 @@ def load_recipe(name_or_path: str) -> Recipe:
     if not path.is_file():
         bundled = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise ValueError(f"no recipe {name_or_path!r}: give a TOML file or one of: {bundled}")
-    document = tomllib.loads(path.read_text())
+    try:
+        document = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
     sections = {"data", "vae", "dit", "defaults"}
     if set(document) != sections:
         raise ValueError(f"{path} must have the sections {', '.join(sorted(sections))}; it has: {', '.join(sorted(document))}")

@@ -1,6 +1,7 @@
 """Images and labels from IDX files or from a folder with one sub-folder per class, as uint8 in memory."""
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,11 @@ def _find(root: Path, name: str) -> Path | None:
 def read_idx(path: Path) -> np.ndarray:
     """One IDX file of unsigned bytes, gzipped or not. ValueError on a wrong header or length."""
     raw = path.read_bytes()
-    data = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
+    try:
+        data = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unzipped: {error}") from error
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
     dimensions = data[3]
     shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
@@ -74,6 +78,8 @@ def _load_idx(root: Path, config: DataConfig) -> Dataset:
         if not paths[0] or not paths[1]:
             raise ValueError(f"{root} lacks {part}-images-idx3-ubyte or {part}-labels-idx1-ubyte (each may end in .gz)")
         images, labels = read_idx(paths[0]), read_idx(paths[1])
+        if images.ndim != 3 or labels.ndim != 1 or not len(images):
+            raise ValueError(f"{paths[0]} holds {images.shape} and {paths[1]} {labels.shape}: (N, h, w) and (N,) are needed")
         if len(images) != len(labels):
             raise ValueError(f"{paths[0]} holds {len(images)} images but {paths[1]} {len(labels)} labels")
         tensor = torch.from_numpy(images.copy())[:, None].expand(-1, config.image_channels, -1, -1)
@@ -95,7 +101,10 @@ def pad_to(images: Tensor, size: int) -> Tensor:
 
 
 def _load_folder(root: Path, config: DataConfig) -> Dataset:
-    if (root / "train").is_dir() and (root / "test").is_dir():
+    split = [part for part in ("train", "test") if _holds_folders(root / part)]
+    if len(split) == 1:
+        raise ValueError(f"{root} has {split[0]}/ with one sub-folder per class: both train/ and test/ are needed, or neither")
+    if split:
         names = _class_names(root / "train")
         if _class_names(root / "test") != names:
             raise ValueError(f"{root}/train and {root}/test have different classes")
@@ -113,6 +122,10 @@ def _load_folder(root: Path, config: DataConfig) -> Dataset:
     return Dataset(train, test, names, f"image folder {root}: {len(train)} training and {len(test)} test images")
 
 
+def _holds_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(p.is_dir() for p in folder.iterdir())
+
+
 def _class_names(root: Path) -> tuple[str, ...]:
     return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
@@ -124,11 +137,12 @@ def _read_classes(root: Path, names: tuple[str, ...], config: DataConfig) -> Spl
             try:
                 with Image.open(path) as image:
                     images.append(centre_crop(image.convert("L" if config.image_channels == 1 else "RGB"), config.image_size))
-            except (UnidentifiedImageError, OSError) as error:
+            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{path} cannot be read as an image: {error}") from error
             labels.append(label)
-    if not images:
-        raise ValueError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {root}")
+    empty = [name for label, name in enumerate(names) if label not in labels]
+    if empty or not images:
+        raise ValueError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {root / empty[0] if empty else root}")
     stack = torch.from_numpy(np.stack(images))
     return Split(stack[:, None] if stack.ndim == 3 else stack.permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 

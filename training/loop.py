@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from PIL import Image
@@ -57,8 +58,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _save_state(path: Path, model: nn.Module, ema: EMA, optimiser: torch.optim.Optimizer, step: int, seconds: float) -> None:
+def _save_state(
+    path: Path, model: nn.Module, ema: EMA, optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, seconds: float
+) -> None:
     state = {
+        "config": asdict(config),
         "model": model.state_dict(),
         "ema": ema.model.state_dict(),
         "optimiser": optimiser.state_dict(),
@@ -70,6 +74,18 @@ def _save_state(path: Path, model: nn.Module, ema: EMA, optimiser: torch.optim.O
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)
+
+
+def _same_schedule(started: dict[str, Any], config: OptimiserConfig, folder: Path) -> None:
+    """A resumed run is the run that never stopped, so what shapes its steps may not change; how often it samples and saves may."""
+    for name, now in asdict(config).items():
+        if name not in ("sample_every", "save_every") and started.get(name, now) != now:
+            raise ValueError(f"{folder} was started with {name} = {started[name]}, the recipe now says {now}: choose another --out")
 
 
 def fit(
@@ -91,20 +107,25 @@ def fit(
         raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
     if resume and not state_path.exists():
         raise ValueError(f"nothing to resume: {state_path} does not exist")
-    log = RunLog(folder)
     ema = EMA(model, config.ema_decay)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     start, seconds_before = 0, 0.0
     if resume:
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
+        _same_schedule(state.get("config", {}), config, folder)
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         start, seconds_before = state["step"], state["seconds"]
-    log.start(stage=title, optimiser=asdict(config), resumed_at=start, parameters=sum(p.numel() for p in model.parameters()))
 
     began = since = time.perf_counter()
-    with stop_requests() as stop_asked, tqdm(total=config.steps, initial=start, desc=title, unit="step", dynamic_ncols=True) as bar:
+    logged = start
+    with (
+        RunLog(folder) as log,
+        stop_requests() as stop_asked,
+        tqdm(total=config.steps, initial=start, desc=title, unit="step", dynamic_ncols=True) as bar,
+    ):
+        log.start(stage=title, optimiser=asdict(config), resumed_at=start, parameters=sum(p.numel() for p in model.parameters()))
         for step in range(start, config.steps):
             rate = learning_rate(config, step)
             for group in optimiser.param_groups:
@@ -118,25 +139,28 @@ def fit(
             bar.update()
 
             done = step + 1
-            if done % LOG_EVERY == 0 or done == config.steps:
-                values = {name: float(value.detach()) for name, value in losses.items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss became {values['loss']} at step {done}; the last saved state is {state_path}")
+            stopping, last = stop_asked(), done == config.steps
+            logging, saving = done % LOG_EVERY == 0 or last, done % config.save_every == 0 or last or stopping
+            if logging or saving:  # reading a loss waits for the device, so it is not done at every step
+                values = {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
+                wrong = next((name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])), None)
+                if wrong:
+                    raise FloatingPointError(f"the {wrong} became {values[wrong]} at step {done}; the last saved state is {state_path}")
+            if logging:
                 now = time.perf_counter()
-                speed = config.batch_size * ((done - start) % LOG_EVERY or LOG_EVERY) / (now - since)
-                since = now
+                speed = config.batch_size * (done - logged) / (now - since)
+                since, logged = now, done
                 bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
-                log.write(step=done, **values, learning_rate=rate, gradient_norm=float(norm), images_per_s=round(speed, 1))
-            stopping = stop_asked()
-            if done % config.sample_every == 0 or done == config.steps:
+                log.write(step=done, **values, learning_rate=rate, images_per_s=round(speed, 1))
+            if done % config.sample_every == 0 or last:
                 preview(ema.model).save(folder / f"samples-{done:06d}.png")
-            if done % config.save_every == 0 or done == config.steps or stopping:
-                _save_state(state_path, model, ema, optimiser, done, seconds_before + time.perf_counter() - began)
-            if stopping and done < config.steps:
+            if saving:
+                _save_state(state_path, model, ema, optimiser, config, done, seconds_before + time.perf_counter() - began)
+            if stopping and not last:
                 log.write(event="interrupted", step=done)
                 raise Interrupted(f"saved at step {done} of {config.steps} in {folder}; go on with --resume")
-    seconds = seconds_before + time.perf_counter() - began
-    log.write(event="end", step=config.steps, seconds=round(seconds, 1))
+        seconds = seconds_before + time.perf_counter() - began
+        log.write(event="end", step=config.steps, seconds=round(seconds, 1))
     return ema.model, seconds
 
 

@@ -48,6 +48,12 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
 
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
     def start(self, **facts: Any) -> None:
         self.write(
             event="start",
@@ -61,5 +67,5 @@ class RunLog:
         )
 
     def write(self, **record: Any) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()

@@ -110,7 +110,7 @@ def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume
 
     trained, seconds = fit(dit, loss_at, optimiser, out, preview=_preview(checkpoint_of), resume=resume, title="dit")
     trained_here = {
-        "command": command(),
+        "command": command().replace(" --resume", ""),  # a resumed run equals the one never stopped
         "minutes": round(seconds / 60, 1),
         "hardware": hardware(),
         "steps": optimiser.steps,

@@ -98,7 +98,7 @@ def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) ->
     save_file(state, out / VAE_WEIGHTS)
     record: dict[str, Any] = {
         "config": asdict(replace(config, latent_mean=mean, latent_std=std)),
-        "command": command(),
+        "command": command().replace(" --resume", ""),  # a resumed run equals the one never stopped
         "minutes": round(seconds / 60, 1),
         "hardware": hardware(),
         "steps": optimiser.steps,

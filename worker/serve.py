@@ -1,7 +1,6 @@
 """`dit worker`: load a checkpoint once, warm the device, tell Redis what is served, and work until told to stop."""
 
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -81,13 +80,11 @@ def serve(
     dtype: str = "auto",
     max_rows: int | None = None,
     compile: bool = True,
-    cache: Path,
 ) -> None:
     """Runs until SIGTERM or SIGINT. Raises CheckpointError or ValueError before anything is served."""
     name, folder = find_model(registry, model)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve() / "inductor"))
     log.info("loading %s on %s in %s", folder, where, str(kind).removeprefix("torch."))
     checkpoint = load(folder, where)
     checkpoint.dit.to(kind)

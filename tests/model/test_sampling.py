@@ -79,10 +79,12 @@ def test_a_table_has_one_finite_row_per_evaluation(objective: ObjectiveConfig, s
 
 
 def test_errors_name_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match=r"'euler' does not fit .*'diffusion'.*ddpm, ddim"):
+    with pytest.raises(ValueError, match=r"'euler' does not fit .*diffusion.*ddpm, ddim"):
         build_table(DIFFUSION, "euler", 10)
-    with pytest.raises(ValueError, match=r"'ddim' does not fit .*'flow'.*euler"):
+    with pytest.raises(ValueError, match=r"'ddim' does not fit .*flow.*euler"):
         build_table(FLOW, "ddim", 10)
+    with pytest.raises(ValueError, match=r"'ddpm' does not fit .*: ddim$"):
+        build_table(DIFFUSION, "ddpm", 10, learn_sigma=False)
     for steps in (0, -1, 1001):
         with pytest.raises(ValueError, match=f"steps must be between 1 and 1000, got {steps}"):
             build_table(FLOW, "euler", steps)

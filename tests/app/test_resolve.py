@@ -1,0 +1,124 @@
+"""A request → a request with nothing left to a default."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from redis import Redis
+from starlette.testclient import TestClient
+
+from worker import protocol
+from worker.protocol import GenerationRequest, ModelRecord
+
+
+@pytest.fixture
+def resolved(client: TestClient) -> Callable[..., dict[str, Any]]:
+    """`resolved(class_label=…)`: the request as the job shows it."""
+
+    def post(**request: Any) -> dict[str, Any]:
+        answer = client.post("/generate", json=request)
+        assert answer.status_code == 202, answer.text
+        return dict(answer.json()["request"])
+
+    return post
+
+
+def test_what_is_absent_takes_the_models_defaults(resolved: Callable[..., dict[str, Any]]) -> None:
+    assert resolved(class_label="dog", seed=7) == {
+        "class_label": 1,
+        "num_images": 1,
+        "guidance_scale": 2.0,
+        "guidance_interval": [0.0, 1.0],
+        "steps": 4,
+        "sampler": "euler",
+        "seed": 7,
+        "model": "tiny",
+    }
+
+
+def test_null_is_as_good_as_absent(resolved: Callable[..., dict[str, Any]]) -> None:
+    nothing = dict.fromkeys(["guidance_scale", "guidance_interval", "steps", "quality", "sampler", "num_images", "model"])
+    assert resolved(class_label=1, seed=7, **nothing) == resolved(class_label=1, seed=7)
+    assert isinstance(resolved(class_label=1, seed=None)["seed"], int)
+
+
+def test_what_is_given_stays(resolved: Callable[..., dict[str, Any]]) -> None:
+    given = {
+        "class_label": 3,
+        "num_images": 64,
+        "guidance_scale": 20,
+        "guidance_interval": [0.25, 0.75],
+        "steps": 1000,
+        "sampler": "euler",
+        "seed": 0,
+        "model": "tiny",
+    }
+    assert resolved(**given) == given
+
+
+def test_a_resolved_request_can_be_posted_again(resolved: Callable[..., dict[str, Any]]) -> None:
+    for request in ({"class_label": "cat"}, {"class_label": ["cat", None, 3]}, {"class_label": [1, 1]}, {"class_label": None, "num_images": 2}):
+        first = resolved(**request)
+        assert resolved(**first) == first
+
+
+def test_an_absent_seed_is_drawn_and_told(resolved: Callable[..., dict[str, Any]]) -> None:
+    seeds = {resolved(class_label=0)["seed"] for _ in range(4)}
+    assert len(seeds) == 4 and all(0 <= seed < 2**53 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("cat", 0), ("CAT", 0), ("  House \t cat ", 0), ("lorry", 3), ("Truck", 3), (2, 2), (None, None), (0, 0)]
+)
+def test_a_class_answers_to_each_of_its_names_aside_from_case_and_spacing(
+    resolved: Callable[..., dict[str, Any]], name: str | int | None, index: int | None
+) -> None:
+    assert resolved(class_label=name)["class_label"] == index
+
+
+def test_a_list_makes_one_picture_each(resolved: Callable[..., dict[str, Any]]) -> None:
+    request = resolved(class_label=["lorry", 0, None])
+    assert request["class_label"] == [3, 0, None] and "num_images" not in request
+
+
+def test_a_quality_sets_what_the_request_does_not(resolved: Callable[..., dict[str, Any]]) -> None:
+    best = resolved(class_label=0, quality="best")
+    assert (best["steps"], best["guidance_scale"], best["sampler"]) == (50, 3.5, "euler")
+    assert resolved(class_label=0, quality="best", guidance_scale=1)["guidance_scale"] == 1
+    assert resolved(class_label=0, quality="draft")["guidance_scale"] == 2.0
+
+
+def test_a_guidance_interval_may_be_one_point(resolved: Callable[..., dict[str, Any]]) -> None:
+    assert resolved(class_label=0, guidance_interval=[1, 1])["guidance_interval"] == [1.0, 1.0]
+
+
+def test_the_job_holds_all_that_a_worker_needs(client: TestClient, redis: Redis, record: ModelRecord) -> None:
+    answer = client.post("/generate", json={"class_label": ["cat", None], "seed": 5})
+    job = redis.hgetall(protocol.job_key(answer.json()["id"]))
+    assert GenerationRequest.parse(job[b"request"].decode()) == GenerationRequest("tiny", (0, None), 2.0, (0.0, 1.0), 4, "euler", 5)
+    assert (int(job[b"version"]), job[b"checkpoint"].decode(), job[b"status"]) == (protocol.VERSION, record.checkpoint, b"queued")
+    assert set(name.decode() for name in job) <= set(protocol.JOB_FIELDS)
+
+
+def test_the_queue_names_no_code(client: TestClient, redis: Redis) -> None:
+    """An rq job of ours is data: one operation that is compared, no arguments, nothing pickled."""
+    job_id = client.post("/generate", json={"class_label": 0}).json()["id"]
+    assert redis.lrange("rq:queue:dit-tiny", 0, -1) == [job_id.encode()]
+    data = zlib_json(redis.hget(f"rq:job:{job_id}", "data"))
+    assert data == [protocol.OPERATION, None, [], {}]
+
+
+def zlib_json(packed: bytes) -> Any:
+    import zlib
+
+    return json.loads(zlib.decompress(packed))
+
+
+def test_one_of_several_models_must_be_named(bare_client: TestClient, serve: Callable[..., ModelRecord]) -> None:
+    serve(id="birds", labels=[["wren"], ["robin"]], checkpoint="b" * 64)
+    serve(id="fish")
+    answer = bare_client.post("/generate", json={"class_label": 0})
+    assert answer.status_code == 422 and "birds, fish" in answer.json()["errors"][0]["detail"]
+    chosen = bare_client.post("/generate", json={"class_label": "wren", "model": "birds"}).json()
+    assert (chosen["request"]["model"], chosen["checkpoint"]) == ("birds", "b" * 64)

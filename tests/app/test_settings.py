@@ -1,0 +1,81 @@
+"""The environment → Settings; what is wrong is told by the name of its variable."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from app.main import create_app
+from app.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No DIT_* of the shell, no .env of the checkout."""
+    for name in [name for name in os.environ if name.startswith("DIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_nothing_needs_to_be_set() -> None:
+    settings = load_settings()
+    assert (settings.host, settings.port, settings.redis_url, settings.device) == ("127.0.0.1", 8000, None, "auto")
+    assert (settings.queue_limit, settings.result_ttl, settings.compile) == (1000, 24 * 3600, True)
+    assert (settings.checkpoints, settings.data) == (Path("checkpoints"), Path(".dit"))
+
+
+def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "HOST": "0.0.0.0",
+        "PORT": "9000",
+        "REDIS_URL": "redis://elsewhere:6379/1",
+        "CHECKPOINTS": "/models",
+        "MODEL": "birds",
+        "DEVICE": "cuda:1",
+        "DTYPE": "bfloat16",
+        "MAX_ROWS": "64",
+        "COMPILE": "false",
+        "QUEUE_LIMIT": "5",
+        "RESULT_TTL": "60",
+        "DATA": "/state",
+        "IMAGE_STORE": "redis",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"DIT_{name}", value)
+    read = load_settings()
+    assert {name: str(getattr(read, name.lower())) for name in values} == {**values, "COMPILE": "False"}
+    assert {name.upper() for name in Settings.model_fields} == {*values, "API_KEYS_FILE"}
+
+
+def test_a_file_env_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("DIT_PORT=8100\nDIT_MODEL=birds\nOTHER_PROGRAM=1\n")
+    monkeypatch.setenv("DIT_PORT", "8200")
+    settings = load_settings()
+    assert (settings.port, settings.model) == (8200, "birds")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("DIT_PORT", "70000", "65535"),
+        ("DIT_PORT", "http", "integer"),
+        ("DIT_MAX_ROWS", "1", "greater than or equal to 2"),
+        ("DIT_QUEUE_LIMIT", "0", "greater than or equal to 1"),
+        ("DIT_RESULT_TTL", "0", "greater than or equal to 1"),
+        ("DIT_COMPILE", "maybe", "boolean"),
+        ("DIT_IMAGE_STORE", "s3://bucket", "only 'redis'"),
+        ("DIT_API_KEYS_FILE", "keys.json", "not supported"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_variable_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as told:
+        load_settings()
+    assert str(told.value).startswith(f"{name}={value}: ") and allowed in str(told.value) and "\n" not in str(told.value)
+
+
+def test_the_api_alone_needs_a_redis() -> None:
+    with pytest.raises(ValueError, match="DIT_REDIS_URL"):
+        create_app(load_settings())
