@@ -21,8 +21,11 @@ from worker import protocol
 from worker.protocol import FINAL, GenerationRequest, ModelRecord
 
 Event = tuple[str, str, str]  # stream id, name, JSON
-SOCKET_TIMEOUT_S = 5.0  # a Redis silent for this long is away
-MAX_CONNECTIONS = 2000  # each caller that waits or watches holds one
+CONNECTION: dict[str, Any] = {
+    "protocol": 2,  # one shape of answers, whatever the client library's default becomes
+    "socket_timeout": 5.0,  # s; a Redis silent for this long is away
+    "max_connections": 2000,  # each caller that waits or watches holds one
+}
 _BLOCK_S = 2.0  # one blocking read; it must end well before the socket's timeout
 
 
@@ -57,8 +60,8 @@ class JobStore:
 
     async def models(self) -> list[ModelRecord]:
         """The models that workers serve now, by id."""
-        keys = sorted([key async for key in self.redis.scan_iter(protocol.MODEL_KEYS, count=1000)])
-        values = await self.redis.mget(keys) if keys else []
+        names = sorted(name.decode() for name in await self.redis.smembers(protocol.MODELS_KEY))
+        values = await self.redis.mget([protocol.model_key(name) for name in names]) if names else []
         return [ModelRecord.parse(value) for value in values if value]
 
     async def submit(self, request: GenerationRequest, checkpoint: str) -> str:

@@ -201,6 +201,7 @@ def _lock(data: Path) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        file.close()
         raise StartError(f"another `dit up` uses the data folder {data.resolve()}; stop it, or set DIT_DATA") from error
     return file
 

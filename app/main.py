@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from redis import Redis
@@ -13,7 +12,7 @@ from redis.asyncio import Redis as AsyncRedis
 from starlette.staticfiles import StaticFiles
 
 from app import problems
-from app.jobs import MAX_CONNECTIONS, SOCKET_TIMEOUT_S, JobStore
+from app.jobs import CONNECTION, JobStore
 from app.routes import generate, jobs, models, system
 from app.schemas import ProblemView
 from app.settings import Settings
@@ -29,9 +28,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # RESP 2: one shape of answers, whatever the client library's default becomes.
-        options: dict[str, Any] = {"protocol": 2, "socket_timeout": SOCKET_TIMEOUT_S, "max_connections": MAX_CONNECTIONS}
-        sync, connection = Redis.from_url(url, **options), AsyncRedis.from_url(url, **options)
+        sync, connection = Redis.from_url(url, **CONNECTION), AsyncRedis.from_url(url, **CONNECTION)
         app.state.jobs = JobStore(sync, connection, queue_limit=settings.queue_limit, result_ttl_s=settings.result_ttl)
         yield
         await connection.aclose()

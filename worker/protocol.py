@@ -7,6 +7,7 @@
 | `dit:job:<id>:events`            | API, worker | stream of {event, data}: queued, progress, image, done | TTL after the end     |
 | `dit:image:<id>:<execution>:<i>` | worker      | PNG bytes                                             | TTL                    |
 | `dit:model:<model>`              | worker      | JSON of ModelRecord                                   | MODEL_TTL_S, renewed   |
+| `dit:models`                     | worker      | set of model ids that were ever served                | always                 |
 | `dit:reaper:<queue>`             | worker      | the worker that looks for abandoned jobs just now     | seconds                |
 
 TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, below, so that each is one step.
@@ -61,6 +62,7 @@ def image_key(job_id: str, execution: str, index: int) -> str:
 
 
 MODEL_KEYS = "dit:model:*"
+MODELS_KEY = "dit:models"
 
 
 def model_key(model: str) -> str:

@@ -77,6 +77,7 @@ class DiTWorker(BaseWorker):
         """rq's own heartbeat, also while idle; the model's record is renewed with it."""
         super().heartbeat(timeout, pipeline=pipeline)
         self.connection.set(protocol.model_key(self.record.id), self.record.dump(), ex=protocol.MODEL_TTL_S)
+        self.connection.sadd(protocol.MODELS_KEY, self.record.id)
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run this job and all that join it, until the engine is empty or a stop was asked for."""
@@ -98,7 +99,8 @@ class DiTWorker(BaseWorker):
         self.set_state("idle")
 
     def teardown(self) -> None:
-        self.connection.delete(protocol.model_key(self.record.id))
+        if BaseWorker.count(queue=self.queue) <= 1:  # another worker of the model goes on renewing the record
+            self.connection.delete(protocol.model_key(self.record.id))
         super().teardown()
 
     # Jobs in.

@@ -32,7 +32,7 @@ def preferred_wait(prefer: str | None) -> int:
     response_model=JobView,
     responses={
         200: {"model": JobView, "content": {"image/png": {}}, "description": "Ended within `Prefer: wait`."},
-        **problems(409, 422, 429, 503),
+        **problems(409, 413, 422, 429, 503),
     },
 )
 async def generate(

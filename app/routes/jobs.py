@@ -21,12 +21,12 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(max_length=100)]
 
 
-@router.get("/{job_id}", response_model=JobView, responses=problems(404, 410, 503))
+@router.get("/{job_id}", response_model=JobView, responses=problems(404, 410, 422, 503))
 async def get_job(job_id: JobId, store: Store) -> JSONResponse:
     return JSONResponse(await store.get(job_id))
 
 
-@router.delete("/{job_id}", response_model=JobView, responses={202: {"model": JobView}, **problems(404, 409, 410, 503)})
+@router.delete("/{job_id}", response_model=JobView, responses={202: {"model": JobView}, **problems(404, 409, 410, 422, 503)})
 async def cancel_job(job_id: JobId, store: Store) -> JSONResponse:
     """200 if it was queued and is canceled now, 202 if it runs and stops at its next step, 409 once it has ended."""
     status = await store.cancel(job_id)
@@ -38,7 +38,7 @@ async def cancel_job(job_id: JobId, store: Store) -> JSONResponse:
 @router.get(
     "/{job_id}/images/{index}",
     response_class=Response,
-    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **problems(404, 410, 503)},
+    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **problems(404, 410, 422, 503)},
 )
 async def get_image(
     job_id: JobId,
@@ -58,7 +58,7 @@ async def get_image(
 @router.get(
     "/{job_id}/events",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 410, 503)},
+    responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 410, 422, 503)},
 )
 async def get_events(job_id: JobId, store: Store, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
     """Server-sent events from the beginning, or after `Last-Event-ID`; closes after `done`."""

@@ -17,7 +17,7 @@ async def list_models(store: Store) -> dict[str, Any]:
     return {"models": [asdict(record) for record in await store.models()]}
 
 
-@router.get("/{model_id}", response_model=ModelView, responses=problems(404, 503))
+@router.get("/{model_id}", response_model=ModelView, responses=problems(404, 422, 503))
 async def get_model(model_id: str, store: Store) -> dict[str, Any]:
     records = {record.id: record for record in await store.models()}
     if model_id not in records:

@@ -1,8 +1,8 @@
 """The API in this process over a real server; what a worker would write there, the tests write."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -78,6 +78,7 @@ def serve(redis: Redis) -> Callable[..., ModelRecord]:
     def write(**changes: Any) -> ModelRecord:
         record = replace(RECORD, **changes)
         redis.set(protocol.model_key(record.id), record.dump(), ex=protocol.MODEL_TTL_S)
+        redis.sadd(protocol.MODELS_KEY, record.id)
         return record
 
     return write
@@ -118,6 +119,15 @@ def submit(client: TestClient) -> Callable[..., str]:
     return post
 
 
+@contextmanager
+def running(work: Callable[[], object]) -> Iterator[None]:
+    """Do this in a thread; what it raises is raised at the end."""
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(work)
+        yield
+        task.result()
+
+
 class Worker:
     """What a worker writes about one job, by the worker's own code, without a device."""
 
@@ -156,10 +166,8 @@ class Worker:
     @contextmanager
     def meanwhile(self, work: Callable[["Worker", str], object]) -> Iterator[None]:
         """Take the next job that is queued, in a thread, and do this with it."""
-        thread = threading.Thread(target=lambda: work(self, self.take()))
-        thread.start()
-        yield
-        thread.join()
+        with running(lambda: work(self, self.take())):
+            yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A request → a request with nothing left to a default."""
 
 import json
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,12 @@ def test_what_is_given_stays(resolved: Callable[..., dict[str, Any]]) -> None:
 
 
 def test_a_resolved_request_can_be_posted_again(resolved: Callable[..., dict[str, Any]]) -> None:
-    for request in ({"class_label": "cat"}, {"class_label": ["cat", None, 3]}, {"class_label": [1, 1]}, {"class_label": None, "num_images": 2}):
+    for request in (
+        {"class_label": "cat"},
+        {"class_label": ["cat", None, 3]},
+        {"class_label": [1, 1]},
+        {"class_label": None, "num_images": 2},
+    ):
         first = resolved(**request)
         assert resolved(**first) == first
 
@@ -105,14 +111,8 @@ def test_the_queue_names_no_code(client: TestClient, redis: Redis) -> None:
     """An rq job of ours is data: one operation that is compared, no arguments, nothing pickled."""
     job_id = client.post("/generate", json={"class_label": 0}).json()["id"]
     assert redis.lrange("rq:queue:dit-tiny", 0, -1) == [job_id.encode()]
-    data = zlib_json(redis.hget(f"rq:job:{job_id}", "data"))
+    data = json.loads(zlib.decompress(redis.hget(f"rq:job:{job_id}", "data")))
     assert data == [protocol.OPERATION, None, [], {}]
-
-
-def zlib_json(packed: bytes) -> Any:
-    import zlib
-
-    return json.loads(zlib.decompress(packed))
 
 
 def test_one_of_several_models_must_be_named(bare_client: TestClient, serve: Callable[..., ModelRecord]) -> None:

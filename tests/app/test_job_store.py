@@ -1,0 +1,153 @@
+"""JobStore without HTTP: ids, and events as they happen."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+
+from app.embedded import EmbeddedServer
+from app.jobs import CONNECTION, JobStore, id_time, new_id
+from app.problems import Problem
+from worker import protocol
+from worker.protocol import GenerationRequest
+
+REQUEST = GenerationRequest("tiny", (0,), 2.0, (0.0, 1.0), 10, "euler", 7)
+
+
+def test_an_id_is_a_uuid_of_version_7_that_tells_its_time() -> None:
+    before = time.time()
+    job_id = new_id()
+    parsed = uuid.UUID(job_id)
+    assert (str(parsed), parsed.version, parsed.variant) == (job_id, 7, uuid.RFC_4122)
+    told = id_time(job_id)
+    assert told is not None and before - 0.001 <= told <= time.time()
+
+
+def test_ids_sort_by_time_and_are_all_different() -> None:
+    ids = []
+    for _ in range(5):
+        ids.append(new_id())
+        time.sleep(0.002)
+    assert ids == sorted(ids)
+    assert len({new_id() for _ in range(5000)}) == 5000
+
+
+@pytest.mark.parametrize("other", ["", "x", str(uuid.uuid4()), new_id().upper(), new_id().replace("-", ""), f"{{{new_id()}}}", "١" * 32])
+def test_what_is_no_id_of_ours_tells_no_time(other: str) -> None:
+    assert id_time(other) is None
+
+
+@pytest.fixture
+def with_store(server: EmbeddedServer, redis: Redis) -> Callable[..., Any]:
+    """`with_store(work)` runs `await work(store)` over the empty server."""
+
+    def run(work: Callable[[JobStore], Awaitable[Any]], **settings: Any) -> Any:
+        async def main() -> Any:
+            connection = AsyncRedis.from_url(server.url, **CONNECTION)
+            try:
+                return await work(JobStore(redis, connection, **{"queue_limit": 100, "result_ttl_s": 600, **settings}))
+            finally:
+                await connection.aclose()
+
+        return asyncio.run(main())
+
+    return run
+
+
+def test_events_come_as_they_happen(with_store: Callable[..., Any], worker: Any) -> None:
+    async def watch(store: JobStore) -> None:
+        job_id = await store.submit(REQUEST, "c" * 64)
+        stream = store.events(job_id)
+
+        async def following() -> str | None:
+            event = await asyncio.wait_for(anext(stream), 10)
+            return event and event[1]
+
+        assert await following() == "queued"
+        worker.take(job_id)
+        for _ in range(3):
+            worker.tell(job_id, "progress", {})
+            assert await following() == "progress"
+        worker.succeed(job_id)
+        assert [await following() for _ in range(2)] == ["image", "done"]
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+    with_store(watch)
+
+
+def test_a_silent_job_gives_the_caller_time_to_ping(with_store: Callable[..., Any]) -> None:
+    async def watch(store: JobStore) -> None:
+        stream = store.events(await store.submit(REQUEST, "c" * 64))
+        assert (await anext(stream) or ("",) * 3)[1] == "queued"
+        assert await asyncio.wait_for(anext(stream), 10) is None
+        await stream.aclose()
+
+    with_store(watch)
+
+
+def test_many_callers_wait_at_once(with_store: Callable[..., Any], worker: Any) -> None:
+    """Each holds a connection: more than the client library's default of 100."""
+
+    async def watch(store: JobStore) -> None:
+        job_id = await store.submit(REQUEST, "c" * 64)
+        waiting = [asyncio.create_task(store.wait(job_id, 30)) for _ in range(150)]
+        await asyncio.sleep(0.2)
+        assert (await store.get(job_id))["status"] == "queued"
+        await asyncio.to_thread(lambda: worker.succeed(worker.take(job_id)))
+        assert all(await asyncio.gather(*waiting))
+
+    with_store(watch)
+
+
+def test_waiting_ends_with_the_time_or_the_job(with_store: Callable[..., Any], worker: Any) -> None:
+    async def watch(store: JobStore) -> None:
+        job_id = await store.submit(REQUEST, "c" * 64)
+        assert not await store.wait(job_id, 0.1)
+        await store.cancel(job_id)
+        assert await store.wait(job_id, 10)
+
+    with_store(watch)
+
+
+def test_a_job_given_back_waits_again_and_says_so(with_store: Callable[..., Any], worker: Any) -> None:
+    async def watch(store: JobStore) -> None:
+        job_id = worker.take(await store.submit(REQUEST, "c" * 64))
+        worker.tell(job_id, "progress", {"step": 5, "steps": 10}, step=5)
+        assert worker.results.give_back(job_id, "execution-1")
+        job = await store.get(job_id)
+        assert (job["status"], job["progress"]["step"]) == ("queued", 0)
+
+    with_store(watch)
+
+
+def test_what_a_worker_writes_after_it_lost_the_job_changes_nothing(with_store: Callable[..., Any], worker: Any) -> None:
+    async def watch(store: JobStore) -> None:
+        job_id = worker.take(await store.submit(REQUEST, "c" * 64))
+        assert worker.results.start(job_id, "execution-2") == "run"
+        assert worker.tell(job_id, "progress", {}) == "lost"
+        assert not worker.results.succeed(job_id, "execution-1", [])
+        assert (await store.get(job_id))["status"] == "running"
+
+    with_store(watch)
+
+
+def test_the_bound_of_the_queue_is_per_model(with_store: Callable[..., Any]) -> None:
+    async def fill(store: JobStore) -> None:
+        await store.submit(REQUEST, "c" * 64)
+        with pytest.raises(Problem) as full:
+            await store.submit(REQUEST, "c" * 64)
+        assert full.value.status == 429
+        await store.submit(GenerationRequest("birds", (0,), 2.0, (0.0, 1.0), 10, "euler", 7), "b" * 64)
+
+    with_store(fill, queue_limit=1)
+
+
+def test_a_version_of_the_payload_is_written(with_store: Callable[..., Any], redis: Redis) -> None:
+    job_id = with_store(lambda store: store.submit(REQUEST, "c" * 64))
+    assert int(redis.hget(protocol.job_key(job_id), "version") or 0) == protocol.VERSION
