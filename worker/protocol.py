@@ -26,6 +26,7 @@ EVENTS_KEPT = 2000  # events of one job, about
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELING, CANCELED = "queued", "running", "succeeded", "failed", "canceling", "canceled"
 FINAL = (SUCCEEDED, FAILED, CANCELED)
+LARGEST_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
 JOB_FIELDS = {
     "version": "payload version",
@@ -69,6 +70,10 @@ def model_key(model: str) -> str:
     return f"dit:model:{model}"
 
 
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """A resolved request: nothing in it is left to a default. Picture i has class_labels[i] and seed + i."""
@@ -94,13 +99,27 @@ class GenerationRequest:
         try:
             values = json.loads(text)
             low, high = values.pop("guidance_interval")
-            labels = tuple(None if label is None else int(label) for label in values.pop("class_labels"))
-            request = cls(class_labels=labels, guidance_interval=(float(low), float(high)), **values)
-        except (TypeError, KeyError, AttributeError) as error:
+            request = cls(class_labels=tuple(values.pop("class_labels")), guidance_interval=(low, high), **values)
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a generation request: {error}") from error
-        if not 1 <= request.num_images <= 64 or request.steps < 1 or request.seed < 0:
-            raise ValueError("not a generation request: num_images, steps or seed is out of range")
+        request._check()
         return request
+
+    def _check(self) -> None:
+        """ValueError unless every field has its type and range: a wrong one must not get as far as the batch of others."""
+        low, high = self.guidance_interval
+        sound = {
+            "model": isinstance(self.model, str),
+            "class_labels": 1 <= self.num_images <= 64 and all(y is None or type(y) is int for y in self.class_labels),
+            "guidance_scale": _is_number(self.guidance_scale) and 1 <= self.guidance_scale <= 20,
+            "guidance_interval": _is_number(low) and _is_number(high) and 0 <= low <= high <= 1,
+            "steps": type(self.steps) is int and 1 <= self.steps <= 1000,
+            "sampler": isinstance(self.sampler, str),
+            "seed": type(self.seed) is int and 0 <= self.seed <= LARGEST_SEED + 1 - self.num_images,
+        }
+        wrong = [name for name, is_sound in sound.items() if not is_sound]
+        if wrong:
+            raise ValueError(f"not a generation request: {wrong[0]} is of another type or out of range")
 
 
 @dataclass(frozen=True)
@@ -164,20 +183,23 @@ local status = redis.call('HGET', KEYS[1], 'status')
 if redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
 if status ~= 'running' and status ~= 'canceling' and status ~= 'queued' then return 0 end
 local ttl = redis.call('HGET', KEYS[1], 'result_ttl_s')
-redis.call('HSET', KEYS[1], 'status', ARGV[2], 'finished_at', ARGV[3], 'images', ARGV[4], 'error', ARGV[5])
-redis.call('XADD', KEYS[2], '*', 'event', 'done', 'data', ARGV[6])
+local ended, images, reason, done = ARGV[2], ARGV[4], ARGV[5], ARGV[6]
+if status == 'canceling' then ended, images, reason, done = 'canceled', '[]', '', '{"status": "canceled"}' end
+redis.call('HSET', KEYS[1], 'status', ended, 'finished_at', ARGV[3], 'images', images, 'error', reason)
+redis.call('XADD', KEYS[2], '*', 'event', 'done', 'data', done)
 redis.call('EXPIRE', KEYS[1], ttl)
 redis.call('EXPIRE', KEYS[2], ttl)
 return 1
 """
 
 # KEYS job, events. ARGV execution ('' for any), data of the event.
-# A job whose worker stops or died waits again; one being canceled stays so.
+# A job whose worker stops or died waits again; one being canceled stays so. Given back by its owner, it has lost no attempt.
 REQUEUE = """
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
 local status = redis.call('HGET', KEYS[1], 'status')
 if status ~= 'running' and status ~= 'canceling' then return 0 end
 redis.call('HSET', KEYS[1], 'execution', '')
+if ARGV[1] ~= '' then redis.call('HINCRBY', KEYS[1], 'attempts', -1) end
 if status == 'running' then
   redis.call('HSET', KEYS[1], 'status', 'queued', 'step', '0')
   redis.call('XADD', KEYS[2], '*', 'event', 'queued', 'data', ARGV[2])

@@ -29,8 +29,10 @@ class JobResults:
     def request(self, job_id: str, checkpoint: str) -> GenerationRequest:
         """The job's request; ValueError if its version or content is not ours, or it was resolved for another checkpoint than this."""
         version, text, pinned = self.connection.hmget(protocol.job_key(job_id), "version", "request", "checkpoint")
-        if version is None or int(version) not in (protocol.VERSION, protocol.VERSION - 1):
+        if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
             raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
+        if text is None or pinned is None:
+            raise ValueError("the job's record lacks its request or its checkpoint")
         if pinned.decode() != checkpoint:
             raise ValueError(
                 f"the job is pinned to checkpoint {pinned.decode()[:12]}, but {checkpoint[:12]} is served now; submit it again"

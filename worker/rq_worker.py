@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import Any
 
 from redis import Redis
-from rq import Queue
-from rq.exceptions import AbandonedJobError
+from rq import Queue, worker_registration
+from rq.exceptions import AbandonedJobError, DeserializationError
 from rq.executions import Execution
 from rq.job import Job
+from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 from rq.utils import now as rq_now
@@ -114,28 +115,39 @@ class DiTWorker(BaseWorker):
 
     def _lease(self, job: Job) -> None:
         """Take a popped job under a lease and hand it to the engine, or end it here if it shall not or cannot run."""
+        if job.id in self.leases:  # this worker stood still so long that another gave the job to the queue
+            self._drop(self.leases[job.id])
         execution = self.prepare_execution(job)
-        self.prepare_job_execution(job, remove_from_intermediate_queue=True)
-        job.started_at = job.started_at or execution.created_at
-        verdict = self.results.start(job.id, execution.id)
         try:
-            if verdict == "run" and job.func_name != protocol.OPERATION:
-                raise ValueError(f"operation {job.func_name!r} is not known; only {protocol.OPERATION!r} is")
-            if verdict == "run":
-                request = self.results.request(job.id, self.record.checkpoint)
-                self.engine.add(job.id, request)
-                self.leases[job.id] = Lease(job, execution, request, self.results.ttl_s(job.id))
-                self.results.tell(job.id, execution.id, "progress", {"step": 0, "steps": request.steps}, step=0)
-                return
-        except ValueError as error:
-            self._fail(job, execution, str(error))
-            return
-        if verdict == "cancel":
-            self.results.cancel(job.id, execution.id)
-        if verdict == "exhausted":
-            self._fail(job, execution, f"given up after {protocol.MAX_ATTEMPTS} attempts, each ended by its worker's death")
+            self.prepare_job_execution(job, remove_from_intermediate_queue=True)
+            operation = job.func_name
+        except DeserializationError:  # reading the name is the last that rq does there
+            operation = None
+        verdict = self.results.start(job.id, execution.id)
+        if operation != protocol.OPERATION:
+            self._refuse(job, execution, f"operation {operation!r} is not known; only {protocol.OPERATION!r} is")
+        elif verdict == "run":
+            self._admit(job, execution)
+        elif verdict == "exhausted":
+            self._refuse(job, execution, f"given up after {protocol.MAX_ATTEMPTS} attempts, each ended by its worker's death")
         else:
+            if verdict == "cancel":
+                self.results.cancel(job.id, execution.id)
             self._finalize_success(job, self.queue, execution, None)
+
+    def _admit(self, job: Job, execution: Execution) -> None:
+        try:
+            request = self.results.request(job.id, self.record.checkpoint)
+            self.engine.add(job.id, request)
+        except ValueError as error:
+            self._refuse(job, execution, str(error))
+            return
+        self.leases[job.id] = Lease(job, execution, request, self.results.ttl_s(job.id))
+        self.results.tell(job.id, execution.id, "progress", {"step": 0, "steps": request.steps}, step=0)
+
+    def _refuse(self, job: Job, execution: Execution, message: str) -> None:
+        self.results.fail(job.id, execution.id, message)
+        self._finalize_as_failed(job, execution, message)
 
     # What came of a tick.
 
@@ -144,14 +156,22 @@ class DiTWorker(BaseWorker):
         if isinstance(event, ImageReady):
             self._store(lease, event)
         elif isinstance(event, JobFailed):
-            self._end(lease)
-            self._fail(lease.job, lease.execution, event.message)
+            if self.results.fail(event.job_id, lease.execution.id, event.message):
+                del self.leases[event.job_id]
+                self._finalize_as_failed(lease.job, lease.execution, event.message)
+            else:
+                self._drop(lease)
         else:
-            self._end(lease)
             images = sorted(lease.images, key=lambda image: image["index"])
-            if not self.results.succeed(lease.job.id, lease.execution.id, images):
-                log.warning("job %s ended here after its lease was lost; its result is dropped", lease.job.id)
+            self._succeed(lease, self.results.succeed(event.job_id, lease.execution.id, images))
+
+    def _succeed(self, lease: Lease, told: bool) -> None:
+        """For rq a canceled job has succeeded too. Not told: another execution has the job."""
+        if told:
+            del self.leases[lease.job.id]
             self._finalize_success(lease.job, self.queue, lease.execution, None)
+        else:
+            self._drop(lease)
 
     def _store(self, lease: Lease, image: ImageReady) -> None:
         job_id, execution = lease.job.id, lease.execution.id
@@ -170,25 +190,24 @@ class DiTWorker(BaseWorker):
             if answer == "run":
                 continue
             self.engine.remove(lease.job.id)
-            self._end(lease)
             if answer == "cancel":
-                self.results.cancel(lease.job.id, lease.execution.id)
-                self._finalize_success(lease.job, self.queue, lease.execution, None)
+                self._succeed(lease, self.results.cancel(lease.job.id, lease.execution.id))
             else:
-                log.warning("job %s is run by another execution now; dropped here", lease.job.id)
-                with self.connection.pipeline() as pipeline:
-                    self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
-                    pipeline.execute()
+                self._drop(lease)
 
-    def _fail(self, job: Job, execution: Execution, message: str) -> None:
-        log.error("job %s failed: %s", job.id, message)
-        self.results.fail(job.id, execution.id, message)
-        job.retries_left = 0  # a failure is final; only a worker's death is tried again
-        error = RuntimeError(message)
-        self._finalize_failure(job, self.queue, execution, (RuntimeError, error, None))
-
-    def _end(self, lease: Lease) -> None:
+    def _drop(self, lease: Lease) -> None:
+        """The lease was lost while this worker stood still. rq's record of the job is another execution's too by now, so it is let be."""
+        log.warning("job %s is another execution's now; dropped here", lease.job.id)
+        self.engine.remove(lease.job.id)
         del self.leases[lease.job.id]
+        with self.connection.pipeline() as pipeline:
+            self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
+            pipeline.execute()
+
+    def _finalize_as_failed(self, job: Job, execution: Execution, message: str) -> None:
+        log.error("job %s failed: %s", job.id, message)
+        job.retries_left = 0  # a failure is final; only a worker's death is tried again
+        self._finalize_failure(job, self.queue, execution, (RuntimeError, RuntimeError(message), None))
 
     # Leases.
 
@@ -200,21 +219,24 @@ class DiTWorker(BaseWorker):
     def _give_back(self) -> None:
         """A stop was asked for: jobs that have not ended go to the front of the queue, the oldest first."""
         for lease in reversed(list(self.leases.values())):
+            if not self.results.give_back(lease.job.id, lease.execution.id):
+                self._drop(lease)
+                continue
             self.engine.remove(lease.job.id)
+            del self.leases[lease.job.id]
             with self.connection.pipeline() as pipeline:
                 self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
                 self.queue._enqueue_job(lease.job, pipeline=pipeline, at_front=True)
                 pipeline.execute()
-            self.results.give_back(lease.job.id, lease.execution.id)
             log.info("job %s goes back to the queue", lease.job.id)
-        self.leases.clear()
 
     # Maintenance: what died with another worker.
 
     def clean_registries(self) -> None:
         """Requeue jobs whose lease has run out, or that were popped and never leased. Harmless if two workers do it at once."""
         if self.connection.set(f"dit:reaper:{self.queue.name}", self.name, nx=True, ex=MAINTENANCE_EVERY_S - 1):
-            self.queue.started_job_registry.cleanup(exception_handlers=self._exc_handlers)
+            clean_registries(self.queue, self._exc_handlers)  # what has ended is forgotten here too
+            worker_registration.clean_worker_registry(self.queue)
             self._requeue_stuck()
         self.last_cleaned_at = rq_now()
 
@@ -225,11 +247,13 @@ class DiTWorker(BaseWorker):
         self._stuck_since = {job_id: self._stuck_since.get(job_id, now) for job_id in waiting - leased}
         for job_id, since in self._stuck_since.items():
             if now - since > STUCK_AFTER_S:
+                known = Job.exists(job_id, connection=self.connection)
                 with self.connection.pipeline() as pipeline:
                     pipeline.lrem(self.queue.intermediate_queue_key, 1, job_id)
-                    pipeline.lpush(self.queue.key, job_id)
+                    if known:
+                        pipeline.lpush(self.queue.key, job_id)
                     pipeline.execute()
-                log.warning("job %s was popped by a worker that died; it waits again", job_id)
+                log.warning("job %s was popped by a worker that died; it %s", job_id, "waits again" if known else "is no more")
 
     def _abandoned(self, job: Job, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:
         """rq calls this for each abandoned job, before it requeues it or, without attempts left, fails it."""

@@ -54,18 +54,38 @@ def make_plan(table: SamplerTable, request: GenerationRequest) -> Plan:
 
 
 def row_buckets(max_rows: int) -> list[int]:
-    """Powers of two from the smallest forward up to max_rows, and max_rows itself."""
+    """Powers of two from the smallest forward to the first that holds max_rows: with 9 or 10 rows, say, the last have other bits."""
     buckets = [SMALLEST_FORWARD]
     while buckets[-1] < max_rows:
-        buckets.append(min(2 * buckets[-1], max_rows))
+        buckets.append(2 * buckets[-1])
     return buckets
 
 
-def alike_buckets(run: Callable[[int], Tensor], buckets: Sequence[int]) -> list[int]:
-    """The buckets whose first rows come out of `run(bucket)` bit for bit as from the largest; the largest is always among them."""
-    outputs = {bucket: run(bucket) for bucket in buckets}
-    largest = outputs[max(buckets)]
-    return [bucket for bucket in buckets if torch.equal(outputs[bucket], largest[:bucket])]
+def alike_buckets(run: Callable[[Tensor], Tensor], buckets: Sequence[int]) -> list[int]:
+    """The buckets in which every row comes out bit for bit as in the largest, wherever it stands; none, if in the largest it matters where.
+
+    `run` takes the indices of rows (bucket,) and gives one output each. Where kernels change from one place to the next, a row moved
+    on by one shows it; more moves make it surer.
+    """
+    order = torch.arange(max(buckets))
+    reference = run(order)
+
+    def alike(bucket: int) -> bool:
+        return all(torch.equal(run(rows), reference[rows]) for rows in (order.roll(shift)[:bucket] for shift in (0, 1, 2, 5)))
+
+    steady = [bucket for bucket in buckets if alike(bucket)]
+    return steady if max(buckets) in steady else []
+
+
+def steady_threads(threads: int, is_steady: Callable[[int], bool]) -> int:
+    """The most threads, or else the next lower powers of two, with which a row's bits do not depend on its place; 1 always does.
+
+    The CPU's kernels share rows out among threads, and a thread that gets few of them takes another path: with float32 products over
+    3, 5, 6, 7 or 12 threads rows had other bits in other places, over 1, 2, 4, 8, 16 and 32 none.
+    """
+    while threads > 1 and not is_steady(threads):
+        threads = 1 << ((threads - 1).bit_length() - 1)
+    return threads
 
 
 def can_compile(device: torch.device) -> bool:
@@ -96,21 +116,37 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run (and so compile) every bucket once, and on the CPU keep those that give a row the same bits."""
+        """Run (and so compile) every bucket, and on the CPU keep the threads and buckets that give a row the same bits everywhere."""
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
-        rows = self.max_rows
+        rows = max(self.buckets[-1], self.decode_buckets[-1])
         x = torch.randn(rows, *self.shape, generator=generator).to(self.device)
         fractions = torch.rand(rows, generator=generator).to(self.device)
         t = fractions * (1.0 if self.config.time_factor != 1.0 else float(self.checkpoint.config.objective.num_timesteps - 1))
         y = torch.randint(self.config.num_classes + 1, (rows,), generator=generator).to(self.device)
-        kept = alike_buckets(lambda b: self._forward(x[:b], t[:b], y[:b]), self.buckets)
-        decoded = alike_buckets(lambda b: self._decode(x[:b]), self.decode_buckets)
+
+        def decode(rows: Tensor) -> Tensor:
+            return self._decode(x[rows])
+
+        def steady(threads: int) -> bool:
+            torch.set_num_threads(threads)
+            largest = self.buckets[-1:], self.decode_buckets[-1:]
+            return bool(alike_buckets(lambda r: self.checkpoint.dit(x[r], t[r], y[r]), largest[0]) and alike_buckets(decode, largest[1]))
+
+        if self.device.type == "cpu":  # before anything is compiled for a number of threads
+            threads = torch.get_num_threads()
+            torch.set_num_threads(steady_threads(threads, steady))
+            if torch.get_num_threads() < threads:
+                log.warning("%d threads instead of %d, so that a seed gives one picture", torch.get_num_threads(), threads)
+        kept = alike_buckets(lambda r: self._forward(x[r], t[r], y[r]), self.buckets)
+        decoded = alike_buckets(decode, self.decode_buckets)
         if self.device.type == "cpu":
             for name, before, after in (("forward", self.buckets, kept), ("decode", self.decode_buckets, decoded)):
-                if before != after:
+                if not after:
+                    log.error("%s: a row's bits depend on its place, so a seed may give slightly different pictures in a crowd", name)
+                elif before != after:
                     log.warning("%s buckets %s of %s give other bits and are left out", name, sorted({*before} - {*after}), before)
-            self.buckets, self.decode_buckets = kept, decoded
+            self.buckets, self.decode_buckets = kept or self.buckets, decoded or self.decode_buckets
         log.info("warm after %.1f s: rows %s, decode %s", time.perf_counter() - started, self.buckets, self.decode_buckets)
 
     def plan(self, request: GenerationRequest) -> Plan:

@@ -84,17 +84,20 @@ class Scheduler:
         return self.committed_rows + 2 * unstarted + 2 <= self.max_rows
 
     def add(self, job: Job) -> None:
+        assert job.id not in self.jobs, f"job {job.id} is here already; its slots would be lost"
         self.jobs[job.id] = job
 
     def admit(self) -> list[Picture]:
-        """Give slots to waiting pictures while they fit: first to the job with the fewest running, then in order of arrival."""
+        """Give slots to waiting pictures while they fit: first to the job with the fewest running, then in order of arrival.
+
+        A job whose turn it is and that does not fit is waited for: narrower ones that slip past it could starve it.
+        """
         admitted: list[Picture] = []
         while True:
-            room = self.max_rows - self.committed_rows
-            candidates = [job for job in self.jobs.values() if job.waiting and job.widest <= room]
-            if not candidates:
+            candidates = [job for job in self.jobs.values() if job.waiting]
+            job = min(candidates, key=lambda j: len(j.running), default=None)  # min keeps the first of equals: the oldest
+            if job is None or job.widest > self.max_rows - self.committed_rows:
                 return admitted
-            job = min(candidates, key=lambda j: len(j.running))  # min keeps the first of equals: the oldest
             picture = job.waiting.popleft()
             picture.slot = self.free_slots.pop()
             job.running.append(picture)

