@@ -13,6 +13,7 @@ from redis.asyncio import Redis as AsyncRedis
 from app.embedded import EmbeddedServer
 from app.jobs import CONNECTION, JobStore, id_time, new_id
 from app.problems import Problem
+from app.routes.jobs import _lines
 from worker import protocol
 from worker.protocol import GenerationRequest
 
@@ -113,6 +114,22 @@ def test_waiting_ends_with_the_time_or_the_job(with_store: Callable[..., Any], w
         assert await store.wait(job_id, 10)
 
     with_store(watch)
+
+
+def test_the_stream_of_events_ends_when_redis_goes_away(mortal_server: EmbeddedServer) -> None:
+    """The client comes back by itself, with the id it has; the server's log gets a line, not a traceback."""
+
+    async def watch() -> None:
+        connection = AsyncRedis.from_url(mortal_server.url, **CONNECTION)
+        with Redis.from_url(mortal_server.url, **CONNECTION) as sync:
+            store = JobStore(sync, connection, queue_limit=100, result_ttl_s=600)
+            lines = _lines(store, await store.submit(REQUEST, "c" * 64), "0")
+            assert "event: queued" in await anext(lines)
+            await asyncio.to_thread(mortal_server.stop)
+            assert [line async for line in lines if not line.startswith(":")] == []
+        await connection.aclose()
+
+    asyncio.run(watch())
 
 
 def test_a_job_given_back_waits_again_and_says_so(with_store: Callable[..., Any], worker: Any) -> None:

@@ -32,14 +32,6 @@ def test_readiness_is_redis_and_a_worker_with_a_model(bare_client: TestClient, s
 # --- without Redis -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def mortal_server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    server = EmbeddedServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
 def test_every_call_is_503_with_a_time_to_come_back_while_redis_is_gone(
     mortal_server: EmbeddedServer, open_client: Callable[..., AbstractContextManager[TestClient]]
 ) -> None:

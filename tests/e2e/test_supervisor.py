@@ -125,10 +125,9 @@ def test_a_second_dit_up_on_the_same_data_is_refused(own_service: Callable[..., 
     assert service.picture(class_label=0)  # the first goes on
 
 
-@pytest.mark.parametrize("name", ["dit.safetensors", "vae.safetensors"])
-def test_a_checkpoint_with_one_byte_changed_is_refused(own_service: Callable[..., Any], registry: Path, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_with_one_byte_changed_is_refused(own_service: Callable[..., Any], registry: Path, tmp_path: Path) -> None:
     shutil.copytree(registry, tmp_path / "models")
-    damaged = tmp_path / "models" / "tiny" / name
+    damaged = tmp_path / "models" / "tiny" / "dit.safetensors"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)

@@ -1,0 +1,158 @@
+"""What came through Redis is checked again: a request is sound or it is a ValueError."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker import protocol
+from worker.protocol import LARGEST_SEED, GenerationRequest, ModelRecord
+
+SOUND = GenerationRequest("tiny", (0, None), 2.0, (0.0, 1.0), 25, "euler", 7)
+QUIET = settings(database=None, deadline=None, derandomize=True)
+NUMBERS = st.floats(1, 20), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda ends: (min(ends), max(ends)))
+REQUESTS = st.builds(
+    GenerationRequest,
+    model=st.text(max_size=20),
+    class_labels=st.lists(st.none() | st.integers(0, 10**6), min_size=1, max_size=64).map(tuple),
+    guidance_scale=NUMBERS[0],
+    guidance_interval=NUMBERS[1],
+    steps=st.integers(1, 1000),
+    sampler=st.text(max_size=20),
+    seed=st.integers(0, LARGEST_SEED - 63),
+)
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+def sound(**changes: Any) -> dict[str, Any]:
+    return {**asdict(SOUND), **changes}
+
+
+@QUIET
+@given(REQUESTS)
+def test_a_request_survives_its_way_through_redis(request: GenerationRequest) -> None:
+    assert GenerationRequest.parse(request.dump()) == request
+
+
+@QUIET
+@given(st.text() | JUNK.map(json.dumps))
+def test_junk_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        GenerationRequest.parse(text)
+
+
+@QUIET
+@given(st.sampled_from(sorted(asdict(SOUND))), JUNK)
+def test_a_sound_request_with_one_field_of_junk_is_refused_or_sound(name: str, junk: Any) -> None:
+    try:
+        request = GenerationRequest.parse(json.dumps(sound(**{name: junk})))
+    except ValueError as error:
+        assert str(error).startswith("not a generation request: ")
+        return
+    assert isinstance(request.model, str) and isinstance(request.sampler, str)
+    assert all(type(y) in (int, type(None)) for y in request.class_labels)
+    assert type(request.steps) is int and type(request.seed) is int
+    assert math.isfinite(request.guidance_scale) and all(math.isfinite(end) for end in request.guidance_interval)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("class_labels", []),
+        ("class_labels", [0] * 65),
+        ("class_labels", "0"),
+        ("class_labels", [True]),
+        ("class_labels", [1.5]),
+        ("class_labels", None),
+        ("guidance_scale", 0.5),
+        ("guidance_scale", 20.5),
+        ("guidance_scale", math.nan),
+        ("guidance_scale", math.inf),
+        ("guidance_scale", "2"),
+        ("guidance_scale", True),
+        ("guidance_interval", [0.0]),
+        ("guidance_interval", [0.0, 0.5, 1.0]),
+        ("guidance_interval", [0.7, 0.3]),
+        ("guidance_interval", [-0.1, 1.0]),
+        ("guidance_interval", [0.0, math.nan]),
+        ("guidance_interval", "01"),
+        ("steps", 0),
+        ("steps", 1001),
+        ("steps", 2.0),
+        ("steps", "25"),
+        ("seed", -1),
+        ("seed", LARGEST_SEED),  # the second picture's is too large
+        ("seed", 2**70),
+        ("seed", 1.0),
+        ("model", 3),
+        ("sampler", None),
+    ],
+)
+def test_a_field_out_of_its_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^not a generation request: .*({name}|unpack)"):
+        GenerationRequest.parse(json.dumps(sound(**{name: value})))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '"text"', "[" * 100_000, '{"steps": 3}'])
+def test_what_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a generation request"):
+        GenerationRequest.parse(text)
+
+
+def test_an_unknown_or_a_missing_field_is_refused() -> None:
+    with pytest.raises(ValueError, match="os_command"):
+        GenerationRequest.parse(json.dumps(sound(os_command="true")))
+    for name in asdict(SOUND):
+        document = sound()
+        del document[name]
+        with pytest.raises(ValueError, match=name):
+            GenerationRequest.parse(json.dumps(document))
+
+
+def test_a_dump_is_the_same_text_for_the_same_request() -> None:
+    assert replace(SOUND).dump() == SOUND.dump()
+    assert list(json.loads(SOUND.dump())) == sorted(asdict(SOUND))
+
+
+def test_a_record_survives_its_way_through_redis(record: ModelRecord) -> None:
+    full = replace(record, quality={"draft": {"steps": 4}}, metrics={"consistency": 0.9})
+    assert ModelRecord.parse(full.dump()) == full
+    assert ModelRecord.parse(full.dump().encode()) == full
+
+
+def test_keys_are_apart_for_every_job_execution_and_image() -> None:
+    keys = [
+        protocol.job_key("a"),
+        protocol.job_key("b"),
+        protocol.events_key("a"),
+        protocol.image_key("a", "x", 0),
+        protocol.image_key("a", "x", 1),
+        protocol.image_key("a", "y", 0),
+        protocol.image_key("b", "x", 0),
+        protocol.model_key("a"),
+        protocol.queue_name("a"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert (keys[0], keys[2], keys[3]) == ("dit:job:a", "dit:job:a:events", "dit:image:a:x:0")
+
+
+def test_every_field_of_a_job_is_on_the_list(jobs: Any, make_request: Callable[..., GenerationRequest]) -> None:
+    job_id = jobs.submit(make_request())
+    assert set(jobs.record(job_id)) <= set(protocol.JOB_FIELDS)
+
+
+def test_it_needs_nothing_but_the_standard_library() -> None:
+    code = "import sys, worker.protocol; print(sorted({m.split('.')[0] for m in sys.modules} & {'redis', 'rq', 'torch', 'numpy', 'PIL'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
