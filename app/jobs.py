@@ -166,7 +166,7 @@ class JobStore:
             block = None if ended else int(_BLOCK_S * 1000)
             answer = await self.redis.xread({protocol.events_key(job_id): after}, count=100, block=block)
             if not answer:
-                if not await self.redis.exists(protocol.job_key(job_id)):
+                if ended:
                     return
                 yield None
                 continue

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine import Engine, Event, ImageReady, JobDone, JobFailed
+from worker.engine import Engine, Event, ImageReady, JobDone
 from worker.protocol import GenerationRequest
 from worker.runner import Runner
 
@@ -75,7 +75,6 @@ def test_jobs_of_different_steps_end_independently_and_early_ones_leave_at_once(
     events = drain(engine, lambda tick: running.append({p.job.id for p in engine.scheduler.batch()}))
     assert running[1:] == [{*three_jobs}] + [{"nine steps", "five steps"}] * 3 + [{"nine steps"}] * 4
     assert ends(events) == dict.fromkeys(three_jobs, "done")
-    assert [e.job_id for _, e in events if isinstance(e, JobDone)] == ["two steps", "five steps", "nine steps"]
     assert_empty(engine)
 
 
@@ -111,7 +110,7 @@ def test_late_request_joins_the_running_batch(runner: Runner, make_request: Make
             engine.add("late", make_request(steps=2, seed=99))
 
     events = drain(engine, join)
-    assert [e.job_id for _, e in events if isinstance(e, JobDone)] == ["late", "early"]
+    assert max(tick for tick, _ in events) == 7, "the early one waited for nobody"
     assert images(events)["late", 0] == images(drain(start(runner, {"x": make_request(steps=2, seed=99)})))["x", 0]
 
 

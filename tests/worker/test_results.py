@@ -1,0 +1,267 @@
+"""Each change of a job's state is one step, fenced by its execution: whoever has lost the job changes nothing."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from worker import protocol
+from worker.protocol import GenerationRequest
+from worker.results import JobResults
+
+ENTRY = {"index": 0, "seed": 7, "sha256": "00", "bytes": 3}
+
+
+@pytest.fixture
+def results(redis: Redis) -> JobResults:
+    return JobResults(redis)
+
+
+@pytest.fixture
+def job(jobs: Any, make_request: Callable[..., GenerationRequest]) -> str:
+    """A job that is queued."""
+    return jobs.submit(make_request())
+
+
+@pytest.fixture
+def running(results: JobResults, job: str) -> str:
+    """A job that execution `mine` runs."""
+    assert results.start(job, "mine") == "run"
+    return job
+
+
+def state(jobs: Any, job: str) -> tuple[dict[str, str], list[Any]]:
+    return jobs.record(job), jobs.events(job)
+
+
+def test_a_start_takes_the_job_and_counts(jobs: Any, results: JobResults, job: str) -> None:
+    before = time.time()
+    assert results.start(job, "mine") == "run"
+    record = jobs.record(job)
+    assert (record["status"], record["execution"], record["attempts"], record["step"]) == ("running", "mine", "1", "0")
+    assert before - 1 <= float(record["started_at"]) <= time.time() + 1
+    assert results.execution(job) == "mine"
+
+
+def test_a_second_start_takes_the_job_from_the_first_and_keeps_its_time(jobs: Any, results: JobResults, running: str) -> None:
+    first = jobs.record(running)
+    results.tell(running, "mine", "progress", {}, step=2)
+    assert results.start(running, "other") == "run"
+    record = jobs.record(running)
+    assert (record["execution"], record["attempts"], record["step"]) == ("other", "2", "0")
+    assert record["started_at"] == first["started_at"]
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail", "cancel"])
+def test_a_job_that_has_ended_is_not_started_again(jobs: Any, results: JobResults, running: str, end: str) -> None:
+    arguments = {"succeed": [[ENTRY]], "fail": ["why"], "cancel": []}[end]
+    assert getattr(results, end)(running, "mine", *arguments)
+    before = state(jobs, running)
+    assert results.start(running, "other") == "drop"
+    assert state(jobs, running) == before
+
+
+def test_a_job_that_is_unknown_is_not_started_and_not_made(redis: Redis, results: JobResults) -> None:
+    assert results.start("nobody", "mine") == "drop"
+    assert not results.fail("nobody", "mine", "why") and not results.give_back("nobody")
+    assert results.tell("nobody", "mine", "progress", {}, step=1) == "lost"
+    assert results.execution("nobody") == "" and results.ttl_s("nobody") == 0
+    assert redis.keys("dit:*") == []
+
+
+def test_a_job_is_tried_only_so_often(jobs: Any, results: JobResults, job: str) -> None:
+    for attempt in range(protocol.MAX_ATTEMPTS):
+        assert results.start(job, f"execution {attempt}") == "run"
+        assert results.give_back(job), "its worker died"
+    assert results.start(job, "one more") == "exhausted"
+    assert results.fail(job, "one more", "given up"), "whoever is told so can end it"
+    assert jobs.status(job) == "failed"
+
+
+def test_a_job_given_back_by_its_owner_has_lost_no_attempt(jobs: Any, results: JobResults, job: str) -> None:
+    for restart in range(3 * protocol.MAX_ATTEMPTS):
+        assert results.start(job, f"worker {restart}") == "run"
+        assert results.give_back(job, f"worker {restart}")
+    assert jobs.record(job)["attempts"] == "0"
+
+
+def test_progress_is_told_while_it_runs(jobs: Any, results: JobResults, running: str) -> None:
+    assert results.tell(running, "mine", "progress", {"step": 2, "steps": 3}, step=2) == "run"
+    assert jobs.record(running)["step"] == "2"
+    assert jobs.events(running) == [("queued", {}), ("progress", {"step": 2, "steps": 3})]
+
+
+def test_to_ask_changes_nothing(jobs: Any, results: JobResults, running: str) -> None:
+    before = state(jobs, running)
+    assert results.tell(running, "mine") == "run"
+    assert results.tell(running, "mine", "", {"step": 1}, step=1) == "run"
+    assert state(jobs, running) == before
+
+
+def test_success_writes_the_images_and_the_last_event(jobs: Any, results: JobResults, running: str) -> None:
+    assert results.succeed(running, "mine", [ENTRY])
+    record = jobs.record(running)
+    assert (record["status"], json.loads(record["images"]), record["error"]) == ("succeeded", [ENTRY], "")
+    assert float(record["finished_at"]) >= float(record["started_at"])
+    assert jobs.events(running)[-1] == ("done", {"status": "succeeded"})
+
+
+def test_failure_says_why(jobs: Any, results: JobResults, running: str) -> None:
+    assert results.fail(running, "mine", "the step failed: “ü”")
+    assert (jobs.status(running), jobs.record(running)["error"]) == ("failed", "the step failed: “ü”")
+    assert jobs.events(running)[-1] == ("done", {"status": "failed", "error": "the step failed: “ü”"})
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail", "cancel"])
+def test_record_events_and_images_live_for_the_result_ttl_after_the_end(redis: Redis, results: JobResults, running: str, end: str) -> None:
+    keys = [protocol.job_key(running), protocol.events_key(running)]
+    assert [redis.ttl(key) for key in keys] == [-1, -1], "while it runs nothing expires"
+    results.store_image(running, "mine", 0, b"png", results.ttl_s(running))
+    arguments = {"succeed": [[ENTRY]], "fail": ["why"], "cancel": []}[end]
+    getattr(results, end)(running, "mine", *arguments)
+    for key in [*keys, protocol.image_key(running, "mine", 0)]:
+        assert 590 <= redis.ttl(key) <= 600
+
+
+def test_an_image_belongs_to_its_execution(redis: Redis, results: JobResults, running: str) -> None:
+    results.store_image(running, "mine", 0, b"\x89PNG", 60)
+    results.store_image(running, "other", 0, b"late", 60)
+    assert redis.get(protocol.image_key(running, "mine", 0)) == b"\x89PNG"
+
+
+def test_a_lost_execution_changes_nothing(jobs: Any, results: JobResults, running: str) -> None:
+    assert results.start(running, "other") == "run"
+    before = state(jobs, running)
+    assert results.tell(running, "mine", "progress", {"step": 3}, step=3) == "lost"
+    assert results.tell(running, "mine", "image", ENTRY) == "lost"
+    assert not results.succeed(running, "mine", [ENTRY])
+    assert not results.fail(running, "mine", "why")
+    assert not results.cancel(running, "mine")
+    assert not results.give_back(running, "mine")
+    assert state(jobs, running) == before
+
+
+def test_a_job_that_waits_again_belongs_to_nobody(jobs: Any, results: JobResults, running: str) -> None:
+    assert results.give_back(running)
+    before = state(jobs, running)
+    assert before[0]["status"] == "queued" and before[0]["execution"] == "" and before[0]["step"] == "0"
+    assert before[1][-1] == ("queued", {"retry": True})
+    assert results.tell(running, "mine", "progress", {"step": 3}, step=3) == "lost"
+    assert not results.succeed(running, "mine", [ENTRY])
+    assert not results.give_back(running, "mine") and not results.give_back(running), "once is enough"
+    assert state(jobs, running) == before
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail", "cancel"])
+def test_the_end_is_final(jobs: Any, results: JobResults, running: str, end: str) -> None:
+    assert results.succeed(running, "mine", [ENTRY])
+    before = state(jobs, running)
+    arguments = {"succeed": [[]], "fail": ["why"], "cancel": []}[end]
+    assert not getattr(results, end)(running, "mine", *arguments)
+    assert not results.give_back(running, "mine") and not results.give_back(running)
+    assert results.tell(running, "mine", "progress", {}, step=1) == "lost"
+    assert jobs.cancel(running) == "succeeded"
+    assert state(jobs, running) == before
+
+
+def test_a_queued_job_is_canceled_at_once(redis: Redis, jobs: Any, results: JobResults, job: str) -> None:
+    assert jobs.cancel(job) == "queued"
+    assert jobs.status(job) == "canceled"
+    assert jobs.events(job)[-1] == ("done", {"status": "canceled"})
+    assert jobs.waiting() == [] and jobs.rq_status(job) is None, "rq has forgotten it"
+    assert 590 <= redis.ttl(protocol.job_key(job)) <= 600 and 590 <= redis.ttl(protocol.events_key(job)) <= 600
+    assert results.start(job, "mine") == "drop"
+
+
+def test_a_job_popped_in_this_very_moment_is_canceled_and_dropped_by_its_worker(
+    redis: Redis, jobs: Any, results: JobResults, job: str
+) -> None:
+    redis.lmove(jobs.queue, jobs.intermediate)
+    assert jobs.cancel(job) == "queued"
+    assert jobs.rq_status(job) == "queued", "the worker needs rq's record to end the job there too"
+    assert results.start(job, "mine") == "drop"
+
+
+def test_a_running_job_is_told_to_stop(jobs: Any, results: JobResults, running: str) -> None:
+    assert jobs.cancel(running) == "running"
+    assert jobs.status(running) == "canceling"
+    assert jobs.cancel(running) == "canceling", "again changes nothing"
+    assert results.tell(running, "mine", "progress", {"step": 2}, step=2) == "cancel"
+    assert jobs.events(running) == [("queued", {})], "there is no more progress"
+    assert results.cancel(running, "mine")
+    assert (jobs.status(running), jobs.events(running)[-1]) == ("canceled", ("done", {"status": "canceled"}))
+    assert jobs.cancel(running) == "canceled"
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail"])
+def test_a_cancel_that_came_in_time_wins_over_a_result(jobs: Any, results: JobResults, running: str, end: str) -> None:
+    jobs.cancel(running)
+    arguments = {"succeed": [[ENTRY]], "fail": ["why"]}[end]
+    assert getattr(results, end)(running, "mine", *arguments)
+    record = jobs.record(running)
+    assert (record["status"], record["images"], record["error"]) == ("canceled", "[]", "")
+    assert jobs.events(running)[-1] == ("done", {"status": "canceled"})
+
+
+def test_cancel_of_an_unknown_job_makes_nothing(redis: Redis, jobs: Any) -> None:
+    assert jobs.cancel("nobody") is None
+    assert redis.keys("dit:*") == []
+
+
+@pytest.mark.parametrize("owner", ["mine", ""], ids=["given back", "abandoned"])
+def test_a_job_that_waits_again_is_still_being_canceled(jobs: Any, results: JobResults, running: str, owner: str) -> None:
+    jobs.cancel(running)
+    assert results.give_back(running, owner)
+    assert (jobs.status(running), jobs.record(running)["execution"]) == ("canceling", "")
+    assert jobs.events(running) == [("queued", {})], "and not told as waiting again"
+    assert results.start(running, "other") == "cancel"
+    assert results.cancel(running, "other")
+    assert jobs.status(running) == "canceled"
+
+
+def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, make_request: Callable[..., GenerationRequest]) -> None:
+    request = make_request(class_labels=(1, None), seed=2**40)
+    assert results.request(jobs.submit(request, checkpoint="c" * 64), "c" * 64) == request
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("version", "2", "payload version b'2' is not understood by this worker .version 1."),
+        ("version", "one", "payload version"),
+        ("version", None, "payload version None"),
+        ("checkpoint", "f" * 64, "pinned to checkpoint ffffffffffff, but cccccccccccc is served now"),
+        ("checkpoint", None, "lacks its request or its checkpoint"),
+        ("request", None, "lacks its request or its checkpoint"),
+        ("request", "{}", "not a generation request"),
+        ("request", b"\xff\xfe", "decode"),
+    ],
+)
+def test_a_record_that_is_not_for_this_worker_is_a_value_error(
+    redis: Redis, jobs: Any, results: JobResults, make_request: Callable[..., GenerationRequest], field: str, value: Any, message: str
+) -> None:
+    job = jobs.submit(make_request(), checkpoint="c" * 64)
+    if value is None:
+        redis.hdel(protocol.job_key(job), field)
+    else:
+        redis.hset(protocol.job_key(job), field, value)
+    with pytest.raises(ValueError, match=message):
+        results.request(job, "c" * 64)
+
+
+def test_the_version_before_is_understood(
+    redis: Redis, jobs: Any, results: JobResults, make_request: Callable[..., GenerationRequest]
+) -> None:
+    job = jobs.submit(make_request(), checkpoint="c" * 64)
+    redis.hset(protocol.job_key(job), "version", protocol.VERSION - 1)
+    assert results.request(job, "c" * 64) == make_request()
+
+
+def test_the_stream_of_a_long_job_is_trimmed(redis: Redis, results: JobResults, running: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "EVENTS_KEPT", 100)
+    for step in range(1000):
+        results.tell(running, "mine", "progress", {"step": step}, step=step)
+    assert 100 <= redis.xlen(protocol.events_key(running)) < 400
