@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from app.problems import shown
 from app.schemas import MAX_SEED, GenerateRequest
 from worker.protocol import ModelRecord
 
@@ -197,6 +198,13 @@ def test_nesting_of_any_depth_is_422(client: TestClient, depth: int) -> None:
     """Near the interpreter's limit a value can be read and yet be too deep to be shown."""
     body = b'{"class_label": ' + b"[" * depth + b"]" * depth + b"}"
     problem_of(client.post("/generate", content=body, headers={"Content-Type": "application/json"}), 422)
+
+
+def test_a_value_too_deep_to_show_is_told_by_its_type() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    assert shown(value) == "a deeply nested list"
 
 
 @pytest.mark.parametrize("media_type", ["application/x-www-form-urlencoded", "text/plain"])
