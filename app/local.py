@@ -4,6 +4,7 @@ Each child has a process group of its own, so that Ctrl-C reaches only the super
 supervisor gone ends by itself.
 """
 
+import contextlib
 import fcntl
 import http.client
 import os
@@ -47,7 +48,10 @@ def end_with_supervisor() -> None:
     def watch() -> None:
         while os.getppid() == int(supervisor):
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if os.getpgrp() == os.getpid():  # as `dit up` starts it: what this process started ends with it
+            os.killpg(0, signal.SIGTERM)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_STOP_TIMEOUT_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -79,6 +83,7 @@ class Child:
             return
         if status == CONFIGURATION_ERROR:
             raise StartError(f"the {self.name} cannot run as it is configured")
+        _end_group(self.process)
         now = time.monotonic()
         self.deaths = [t for t in self.deaths if now - t < 60] + [now]
         delay = _RESTART_DELAYS_S[min(len(self.deaths), len(_RESTART_DELAYS_S)) - 1]
@@ -86,14 +91,21 @@ class Child:
         self.process, self.start_at = None, now + delay
 
     def stop(self) -> None:
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None:
             return
-        self.process.terminate()
+        self.process.terminate()  # does nothing if it has ended
         try:
             self.process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        _end_group(self.process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """What an ended child leaves: a compiler in the middle of its work."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # no such group; on macOS only zombies in it
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _describe(status: int) -> str:

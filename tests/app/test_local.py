@@ -74,6 +74,24 @@ def test_a_child_ends_when_its_supervisor_is_gone() -> None:
         assert process.stdout.read() == b""  # ends when the inner process, which holds the other end, has ended
 
 
+def test_what_a_child_started_ends_with_it() -> None:
+    """A worker that is stopped, or dies, while it compiles."""
+    for end in ("stopped", "killed"):
+        child = local.Child("worker", {})
+        child.process = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, process_group=0)
+        assert child.process.stdout
+        with child.process.stdout as told:
+            grandchild = int(told.readline())
+            if end == "stopped":
+                child.stop()
+            else:
+                child.process.kill()
+                child.process.wait()
+                child.check(lambda _: None)
+            assert told.read() == b""  # ends when nobody holds the other end
+        assert not Path(f"/proc/{grandchild}/exe").exists()
+
+
 def test_a_process_started_by_hand_has_no_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(local.PARENT, raising=False)
     before = threading.active_count()

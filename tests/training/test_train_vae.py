@@ -66,7 +66,7 @@ def test_a_few_steps_make_a_vae_that_loads(
     assert out == tmp_path / "run"
     assert sorted(p.name for p in out.iterdir()) == ["log.jsonl", "samples-000006.png", "state.pt", "vae.json", "vae.safetensors"]
     vae, record = load_vae(out)
-    assert record["steps"] == 6 and "40 training" in record["data"] and record["command"].startswith("dit ")
+    assert record["steps"] == 6 and "40 training" in record["data"] and record["command"].startswith("dit")
     assert replace(vae.config, latent_mean=(), latent_std=()) == vae_config(recipe)
     mean, std = latent_statistics(vae, load_dataset(data, recipe.data).train)
     assert mean == pytest.approx([0] * 4, abs=1e-4) and std == pytest.approx([1] * 4, rel=1e-4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from model.sampling import sample
 from worker.protocol import LARGEST_SEED, GenerationRequest
@@ -157,7 +158,10 @@ def test_colour_pictures_keep_the_promise(make_runner: Callable[..., Runner], tw
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, on the way to its compiler
 @pytest.mark.skipif(not can_compile(torch.device("cpu")) and not os.environ.get("CI"), reason="there is no C++ compiler here")
-def test_a_compiled_model_keeps_the_promise(make_runner: Callable[..., Runner], two_threads: None) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("two_threads")
+def test_a_compiled_model_keeps_the_promise(make_runner: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor_config, "compile_threads", 1)  # else it starts a pool of processes that each load torch
     runner = make_runner(compile=True, depth=1)
     assert runner.buckets == [4, 8]
     assert_a_crowd_changes_nothing(runner, "flow", seeds=[6, 7])
