@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from redis import Redis
+from torch._dynamo.exc import BackendCompilerFailed
 
 from model.checkpoint import DTYPES, Checkpoint, CheckpointError, load
 from model.sampling import available_samplers, max_steps
@@ -71,6 +72,19 @@ def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
     )
 
 
+def _warm_runner(checkpoint: Checkpoint, max_rows: int, compile: bool) -> Runner:
+    """A compiler that fails costs speed, not the service."""
+    runner = Runner(checkpoint, max_rows=max_rows, compile=compile)
+    log.info("%s", "compiling and warming up (the first time takes a minute)" if compile else "warming up")
+    try:
+        runner.warm_up()
+    except BackendCompilerFailed as error:
+        log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", str(error).strip().splitlines()[-1])
+        torch._dynamo.reset()
+        return _warm_runner(checkpoint, max_rows, compile=False)
+    return runner
+
+
 def serve(
     *,
     redis_url: str,
@@ -94,9 +108,7 @@ def serve(
         log.warning("no C++ compiler was found, so the model runs uncompiled, more slowly")
         compile = False
     rows = max_rows or (ROWS_CUDA if where.type == "cuda" else ROWS_CPU)
-    runner = Runner(checkpoint, max_rows=rows, compile=compile)
-    log.info("%s", "compiling and warming up (the first time takes a minute)" if compile else "warming up")
-    runner.warm_up()
+    runner = _warm_runner(checkpoint, rows, compile)
     worker = DiTWorker(Engine(runner), describe(name, checkpoint, runner), Redis.from_url(redis_url, protocol=2))
     log.info("serving %s, checkpoint %s", name, checkpoint.hash[:12])
     worker.work(logging_level="WARNING")
