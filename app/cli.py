@@ -139,8 +139,6 @@ def worker_command() -> None:
     end_with_supervisor()
     # Before torch is imported, which reads it once: compiled graphs outlive the process, so that a second start is quick.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data.resolve() / "compiled"))
-    # Precompiled headers would lie in the shared temporary folder, where anybody's clean-up breaks a compilation.
-    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
     from worker.serve import serve
 
     try:
