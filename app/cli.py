@@ -98,6 +98,37 @@ def evaluate_command(
         fail(str(error))
 
 
+@app.command("cost")
+def cost_command(
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]…", help="Presets (DiT-XL/2) or checkpoint folders.")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels of a preset's pictures.")] = 256,
+    block: Annotated[str, typer.Option(help="A preset's block: adaln-zero, adaln, cross-attention or in-context.")] = "adaln-zero",
+    steps: Annotated[int, typer.Option(min=1, help="Guided evaluations of a whole picture.")] = 250,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False,
+) -> None:
+    """Parameters and GMACs; without a model, the paper's: twelve presets, XL/2 at 512, and the other blocks."""
+    import json
+    from dataclasses import asdict
+
+    from model.checkpoint import read_config
+    from model.config import PRESETS
+    from model.cost import Cost, cost, paper_costs, preset_cost, table
+
+    def of(model: str) -> Cost:
+        if model in PRESETS:
+            return preset_cost(model, image_size=image_size, block=block, steps=steps)
+        if not Path(model).exists():
+            raise ValueError(f"{model!r} is neither a checkpoint folder nor one of: {', '.join(PRESETS)}")
+        config, _ = read_config(model)
+        return cost(model, config.architecture, config.vae, config.image_size, steps=steps)
+
+    try:
+        costs = [of(model) for model in models] if models else paper_costs(steps=steps)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(json.dumps([asdict(c) for c in costs], indent=2) if as_json else "\n".join(table(costs)))
+
+
 @app.command("up")
 def up_command() -> None:
     """Run everything on this machine: embedded server, worker, API and page."""

@@ -9,14 +9,14 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.config import DiTConfig, ObjectiveConfig, VAEConfig
+from model.config import DiTConfig, ObjectiveConfig, VAEConfig, stored
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
 from model.flow import RectifiedFlow
@@ -110,9 +110,9 @@ def _sha256(path: Path) -> str:
 def _describe(config: CheckpointConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "architecture": asdict(config.architecture),
-        "vae": asdict(config.vae) if config.vae else None,
-        "objective": asdict(config.objective),
+        "architecture": stored(config.architecture),
+        "vae": stored(config.vae) if config.vae else None,
+        "objective": stored(config.objective),
         "image_size": config.image_size,
         "image_channels": config.image_channels,
         "labels": [list(group) for group in config.labels],

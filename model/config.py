@@ -1,6 +1,18 @@
-"""What a model is made of, as frozen dataclasses that are checked when they are built and stored in `checkpoint.json`."""
+"""What a model is made of, as frozen dataclasses that are checked when they are built and stored in `checkpoint.json`.
 
-from dataclasses import dataclass
+A field that was added after checkpoints existed is declared with `_added(default)`; `stored()` leaves it out while it has its default, so
+that an older checkpoint keeps the hash by which its pictures name it.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")  # Peebles & Xie 2022, §3.2
+ADAPTIVE = ("adaln-zero", "adaln")  # those whose norms, the final one too, take scale and shift from the condition
+
+
+def _added(default: Any) -> Any:
+    return field(default=default, metadata={"added": True})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -8,9 +20,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def stored(config: Any) -> dict[str, Any]:
+    """A configuration as `checkpoint.json` holds it."""
+    at_default = {f.name for f in fields(config) if f.metadata.get("added") and getattr(config, f.name) == f.default}
+    return {name: value for name, value in asdict(config).items() if name not in at_default}
+
+
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape and conventions of a DiT with adaLN-Zero blocks (Peebles & Xie 2022, §3.2)."""
+    """Shape and conventions of a DiT (Peebles & Xie 2022, §3.2). Every default below is the paper's."""
 
     input_size: int  # latent height and width
     patch_size: int
@@ -21,9 +39,15 @@ class DiTConfig:
     num_classes: int  # without the null class, whose index is num_classes
     mlp_ratio: float = 4.0
     learn_sigma: bool = True  # 2C output channels: noise and the covariance's v
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # of every norm
     time_factor: float = 1.0  # t is multiplied by this before its features: 1 for steps 0…999, 1000 for flow time 0…1
     frequency_shift: int = 0  # feature frequencies are 10⁴^(−i/(128−shift)): 0 official code, 1 diffusers
+    mlp_norm_eps: float = _added(1e-6)  # of the norm before a block's MLP, which diffusers gives 1e-5 unless told
+    block: str = _added("adaln-zero")
+    qk_norm: bool = _added(False)  # beyond the paper: q and k normalised per head
+    rms_norm: bool = _added(False)  # beyond the paper: root mean square in place of layer norms
+    swiglu: bool = _added(False)  # beyond the paper: gated MLP with as many parameters
+    rope: bool = _added(False)  # beyond the paper: 2-D rotary positions in self-attention, besides the table
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -33,6 +57,12 @@ class DiTConfig:
         _require(self.hidden_size % 4 == 0, f"hidden_size must be a multiple of 4 for 2-D sine-cosine positions, got {self.hidden_size}")
         _require(self.frequency_shift in (0, 1), f"frequency_shift must be 0 (official) or 1 (diffusers), got {self.frequency_shift}")
         _require(self.mlp_ratio > 0 and self.time_factor > 0, "mlp_ratio and time_factor must be positive")
+        _require(self.norm_eps > 0 and self.mlp_norm_eps > 0, "norm_eps and mlp_norm_eps must be positive")
+        _require(self.block in BLOCKS, f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
+        head = self.hidden_size // self.num_heads
+        _require(
+            not self.rope or head % 4 == 0, f"rope turns pairs of channels for rows and for columns: {head} a head is no multiple of 4"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -85,14 +115,20 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the network was trained to predict, and the process it belongs to."""
+    """What the network was trained to predict, and the process it belongs to.
 
-    kind: str  # "diffusion": noise and learned covariance over T steps; "flow": velocity of the linear path
+    With `learn_sigma` in the architecture a diffusion objective is the paper's hybrid loss; without, the mean squared error alone.
+    """
+
+    kind: str  # "diffusion": T steps of Gaussian noise; "flow": velocity of the linear path
     num_timesteps: int = 1000  # diffusion: T
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     logit_normal_mean: float = 0.0  # flow: t = sigmoid(mean + std·N(0,1)) in training
     logit_normal_std: float = 1.0
+    prediction: str = _added("noise")  # diffusion: "noise", or "v" = √ᾱ·ε − √(1−ᾱ)·x₀ (Salimans & Ho 2022, §4)
+    min_snr_gamma: float = _added(0.0)  # diffusion: the squared error is weighted by min(SNR, γ) of x₀'s (Hang et al. 2023); 0 is off
+    flow_time: str = _added("logit-normal")  # flow: "logit-normal" or "uniform" times in training
 
     def __post_init__(self) -> None:
         _require(self.kind in ("diffusion", "flow"), f"objective must be 'diffusion' or 'flow', got {self.kind!r}")
@@ -101,3 +137,39 @@ class ObjectiveConfig:
             0 < self.beta_start <= self.beta_end < 1, f"betas must satisfy 0 < start ≤ end < 1, got {self.beta_start}, {self.beta_end}"
         )
         _require(self.logit_normal_std > 0, f"logit_normal_std must be positive, got {self.logit_normal_std}")
+        _require(self.prediction in ("noise", "v"), f"prediction must be 'noise' or 'v', got {self.prediction!r}")
+        _require(self.min_snr_gamma >= 0, f"min_snr_gamma must be positive, or 0 for none, got {self.min_snr_gamma}")
+        _require(self.flow_time in ("logit-normal", "uniform"), f"flow_time must be 'logit-normal' or 'uniform', got {self.flow_time!r}")
+        for name in ("prediction", "min_snr_gamma"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            _require(self.kind == "diffusion" or value == default, f"{name} belongs to the objective 'diffusion', not to {self.kind!r}")
+        _require(self.kind == "flow" or self.flow_time == "logit-normal", "flow_time belongs to the objective 'flow', not to 'diffusion'")
+
+
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+PRESETS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (8, 4, 2))  # the paper's Table 1 and §4
+_LATENT_FACTOR = 8  # of the paper's autoencoder
+
+
+def preset(name: str, *, image_size: int = 256, block: str = "adaln-zero", num_classes: int = 1000) -> DiTConfig:
+    """`DiT-XL/2` and its eleven sisters, on 4-channel latents of an f8 autoencoder. ValueError lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there is: {', '.join(PRESETS)}")
+    _require(image_size >= _LATENT_FACTOR and image_size % _LATENT_FACTOR == 0, f"image_size must be a multiple of 8, got {image_size}")
+    size, patch = name.removeprefix("DiT-").split("/")
+    depth, width, heads = _SIZES[size]
+    return DiTConfig(
+        input_size=image_size // _LATENT_FACTOR,
+        patch_size=int(patch),
+        in_channels=4,
+        hidden_size=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=num_classes,
+        block=block,
+    )
+
+
+def preset_heads(depth: int, width: int) -> int | None:
+    """Heads of the preset with this depth and width, or None: weights do not tell their number."""
+    return next((heads for *shape, heads in _SIZES.values() if shape == [depth, width]), None)

@@ -59,29 +59,98 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one matrix for q, k and v."""
+def make_norm(width: int, *, rms: bool, eps: float, affine: bool) -> nn.Module:
+    """Layer norm, or root-mean-square norm; affine where no condition supplies scale and shift."""
+    kind = nn.RMSNorm if rms else nn.LayerNorm
+    return kind(width, eps=eps, elementwise_affine=affine)
 
-    def __init__(self, width: int, num_heads: int) -> None:
+
+def rotary_table(size: int, head_width: int, prefix: int = 0) -> Tensor:
+    """Cosine and sine of 2-D rotary angles (2, prefix + size², head width): columns turn one half of the pairs, rows the other.
+
+    Su et al. 2021, §3. Channel i is paired with i + half the head's width. The first `prefix` tokens, which have no place, are not turned.
+    """
+    quarter = head_width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    angle = torch.arange(size, dtype=torch.float64, device="cpu")[:, None] * frequency  # (size, quarter)
+    column = angle[None, :, :].expand(size, size, -1)
+    row = angle[:, None, :].expand(size, size, -1)
+    pairs = torch.cat([column, row], dim=2).reshape(size * size, 2 * quarter)
+    pairs = torch.cat([torch.zeros(prefix, 2 * quarter, dtype=torch.float64, device="cpu"), pairs])
+    return torch.stack([pairs.cos(), pairs.sin()]).repeat(1, 1, 2).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x (B, H, N, D/H) turned by the angles of `table` (2, N, D/H), in float32: position 1023 needs more than bf16's digits."""
+    cosine, sine = table.float()
+    a, b = x.float().chunk(2, dim=-1)
+    return (x.float() * cosine + torch.cat([-b, a], dim=-1) * sine).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for q, k and v; q and k normalised per head (Dehghani et al. 2023) where asked."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False, rms_norm: bool = False, eps: float = 1e-6) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.q_norm = make_norm(width // num_heads, rms=rms_norm, eps=eps, affine=True) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(width // num_heads, rms=rms_norm, eps=eps, affine=True) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # 3 × (B, H, N, D/H)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the tokens x (B, N, D) to a context (B, M, D)."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False, rms_norm: bool = False, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = make_norm(width // num_heads, rms=rms_norm, eps=eps, affine=True) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(width // num_heads, rms=rms_norm, eps=eps, affine=True) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        b, n, d = x.shape
+        heads = (self.num_heads, d // self.num_heads)
+        q = self.q(x).view(b, n, *heads).transpose(1, 2)  # (B, H, N, D/H)
+        k, v = self.kv(context).view(b, context.shape[1], 2, *heads).permute(2, 0, 3, 1, 4)  # 2 × (B, H, M, D/H)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(x.transpose(1, 2).reshape(b, n, d))
 
 
 class Mlp(nn.Module):
     """Linear → GELU (tanh form) → Linear."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
+        hidden = int(width * ratio)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """Linear → SiLU(gate)·value → Linear (Shazeer 2020); two thirds of the hidden width, so that it has as many parameters as `Mlp`."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = -(-int(width * ratio * 2 / 3) // 8) * 8  # a multiple of 8, which matrix kernels like
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
