@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -101,8 +101,10 @@ def evaluate_command(
 @app.command("cost")
 def cost_command(
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]…", help="Presets (DiT-XL/2) or checkpoint folders.")] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels of a preset's pictures.")] = 256,
-    block: Annotated[str, typer.Option(help="A preset's block: adaln-zero, adaln, cross-attention or in-context.")] = "adaln-zero",
+    image_size: Annotated[int | None, typer.Option(help="Pixels of a preset's pictures; by default 256.")] = None,
+    block: Annotated[
+        str | None, typer.Option(help="A preset's block: adaln-zero (the default), adaln, cross-attention or in-context.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Guided evaluations of a whole picture.")] = 250,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False,
 ) -> None:
@@ -116,12 +118,15 @@ def cost_command(
 
     def of(model: str) -> Cost:
         if model in PRESETS:
-            return preset_cost(model, image_size=image_size, block=block, steps=steps)
+            return preset_cost(model, image_size=256 if image_size is None else image_size, block=block or "adaln-zero", steps=steps)
         if not Path(model).exists():
             raise ValueError(f"{model!r} is neither a checkpoint folder nor one of: {', '.join(PRESETS)}")
         config, _ = read_config(model)
         return cost(model, config.architecture, config.vae, config.image_size, steps=steps)
 
+    chosen = [name for name, value in (("--image-size", image_size), ("--block", block)) if value is not None]
+    if chosen and not (models and all(model in PRESETS for model in models)):
+        fail(f"{chosen[0]} goes with a preset: name one of {', '.join(PRESETS)}")
     try:
         costs = [of(model) for model in models] if models else paper_costs(steps=steps)
     except (ValueError, OSError) as error:
@@ -129,13 +134,62 @@ def cost_command(
     typer.echo(json.dumps([asdict(c) for c in costs], indent=2) if as_json else "\n".join(table(costs)))
 
 
+@app.command("import")
+def import_command(
+    source: Annotated[str, typer.Argument(help="An official .pt, a diffusers folder, or a hub id such as facebook/DiT-XL-2-256.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint folder to write.")],
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads; by default the folder's, or the preset's of this shape.")
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="A diffusers VAE, folder or hub id (stabilityai/sd-vae-ft-ema).")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the stored DiT.")] = "float32",
+    time_features: Annotated[Literal["official", "diffusers"] | None, typer.Option(help="By default those of the source's format.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Names of the classes: id2label or a list in .json, or one class a line.")] = None,
+) -> None:
+    """Make a checkpoint of published weights, of the official code or of diffusers."""
+    from model.checkpoint import DTYPES, save
+    from model.convert import import_checkpoint
+    from training.card import model_card
+
+    if destination.exists():
+        fail(f"{destination} exists; an import is never written over anything")
+    try:
+        found = import_checkpoint(source, heads=heads, vae=vae, time_features=time_features, labels=labels)
+        card = model_card(found.checkpoint.config, {})
+        identity = save(destination, found.checkpoint, dtype=DTYPES[dtype], card=card)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo("\n".join([*found.notes, f"wrote {destination}, checkpoint {identity[:12]}, the DiT in {dtype}"]))
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a registry entry with versions.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The file (official) or folder (diffusers) to write.")],
+    format: Annotated[Literal["diffusers", "official"], typer.Option(help="A folder for DiTPipeline, or the official code's .pt.")],
+) -> None:
+    """Write a checkpoint for diffusers or for the official code."""
+    from model.checkpoint import load
+    from model.export import export_diffusers, export_official
+
+    try:
+        notes = (export_official if format == "official" else export_diffusers)(load(checkpoint), destination)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo("\n".join([f"wrote {destination} ({format})", *notes]))
+
+
 @app.command("up")
-def up_command() -> None:
+def up_command(
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint folder, or whatever `dit import` takes; by default what DIT_CHECKPOINTS holds.")
+    ] = None,
+) -> None:
     """Run everything on this machine: embedded server, worker, API and page."""
     from app.local import StartError, up
 
     try:
-        up(_settings())
+        up(_settings(), model)
     except StartError as error:
         fail(str(error))
 

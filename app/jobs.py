@@ -196,13 +196,17 @@ def public_request(request: GenerationRequest) -> dict[str, Any]:
     """The resolved request in the words of `POST /generate`, so that it can be posted again."""
     labels = list(request.class_labels)
     alike = len(set(labels)) == 1
+    times = {"shift": request.shift} if request.spacing is None else {"spacing": request.spacing, "eta": request.eta}
     return {
         "class_label": labels[0] if alike else labels,
         **({"num_images": len(labels)} if alike else {}),
         "guidance_scale": request.guidance_scale,
         "guidance_interval": list(request.guidance_interval),
+        "guidance_channels": request.guidance_channels,
+        "guidance_rescale": request.guidance_rescale,
         "steps": request.steps,
         "sampler": request.sampler,
+        **times,
         "seed": request.seed,
         "model": request.model,
     }

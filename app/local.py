@@ -25,6 +25,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from app.embedded import EmbeddedServer
+from app.imports import checkpoint_folder
 from app.settings import Settings
 from worker import protocol
 
@@ -116,8 +117,11 @@ def say(message: str) -> None:
     print(f"dit: {message}", flush=True)
 
 
-def up(settings: Settings) -> None:
-    """Run until SIGINT or SIGTERM. StartError before anything runs if the folder, the port or the checkpoint is not there."""
+def up(settings: Settings, model: str | None = None) -> None:
+    """Run until SIGINT or SIGTERM. StartError before anything runs if the folder, the port or the checkpoint is not there.
+
+    `model` is a checkpoint folder, or what `dit import` takes; without it, the settings' registry is served.
+    """
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -126,9 +130,11 @@ def up(settings: Settings) -> None:
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     lock = _lock(settings.data)
     try:
-        _check_registry(settings.checkpoints)
         _check_port(settings.host, settings.port)
-        _run(settings, stop)
+        chosen = _serving(settings, model, stop) if model is not None else settings
+        if not stop.is_set():
+            _check_registry(chosen.checkpoints)
+            _run(chosen, stop)
     finally:
         lock.close()
         for number, handler in previous.items():
@@ -149,7 +155,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
             _start(server)
             _forget_models(server)
             url = server.url
-        environment = {**os.environ, "DIT_REDIS_URL": url, PARENT: str(os.getpid())}
+        environment = {**os.environ, "DIT_REDIS_URL": url, PARENT: str(os.getpid()), **_model_variables(settings)}
         children = [Child("api", environment), Child("worker", environment)]
         say("starting the API and a worker, which loads the checkpoint and warms up")
         _watch(settings, children, server, stop)
@@ -159,6 +165,20 @@ def _run(settings: Settings, stop: threading.Event) -> None:
             child.stop()
         if server:
             server.stop()
+
+
+def _serving(settings: Settings, model: str, stop: threading.Event) -> Settings:
+    """The settings that serve this checkpoint folder, or what this path or hub id is imported to."""
+    try:
+        folder = checkpoint_folder(model, settings.data, stop, say)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    return settings.model_copy(update={"checkpoints": folder.parent, "model": folder.name})
+
+
+def _model_variables(settings: Settings) -> dict[str, str]:
+    chosen = {"DIT_MODEL": settings.model} if settings.model else {}
+    return {"DIT_CHECKPOINTS": str(settings.checkpoints.resolve()), **chosen}
 
 
 def _start(server: EmbeddedServer) -> None:

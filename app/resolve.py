@@ -6,7 +6,7 @@ from typing import Any
 
 from app.problems import Problem, field_error, invalid
 from app.schemas import MAX_SEED, GenerateRequest
-from worker.protocol import GenerationRequest, ModelRecord
+from worker.protocol import ALL_CHANNELS, GenerationRequest, ModelRecord
 
 _NAMES_SHOWN = 20
 
@@ -34,6 +34,7 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
         errors.append(field_error("sampler", sampler, f"model {record.id} ({record.objective}) can do: {', '.join(record.samplers)}"))
     if steps > record.max_steps:
         errors.append(field_error("steps", steps, f"model {record.id} takes 1 … {record.max_steps}"))
+    spacing, eta, shift = _times(body, record, sampler, settings, errors)
     low, high = (float(v) for v in body.guidance_interval or (0.0, 1.0))
     if low > high:
         errors.append(field_error("guidance_interval", [low, high], "must be [low, high] with low ≤ high"))
@@ -45,7 +46,37 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
         )
     if errors:
         raise invalid(errors)
-    return GenerationRequest(record.id, tuple(labels), scale, (low, high), steps, sampler, seed)
+    return GenerationRequest(
+        model=record.id,
+        class_labels=tuple(labels),
+        guidance_scale=scale,
+        guidance_interval=(low, high),
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        spacing=spacing,
+        eta=eta,
+        shift=shift,
+        guidance_channels=body.guidance_channels or ALL_CHANNELS,
+        guidance_rescale=float(body.guidance_rescale or 0),
+    )
+
+
+def _times(
+    body: GenerateRequest, record: ModelRecord, sampler: str, settings: dict[str, Any], errors: list[dict[str, str]]
+) -> tuple[str | None, float, float]:
+    """Spacing, eta and shift: what belongs to diffusion, to `ddim` and to flow."""
+    spacing = body.spacing or settings.get("spacing") or (record.spacings[0] if record.spacings else None)
+    eta, shift = float(body.eta or 0), float(body.shift or 1)
+    if body.spacing is not None and body.spacing not in record.spacings:
+        known = ", ".join(record.spacings) or "none; shift moves its times"
+        errors.append(field_error("spacing", body.spacing, f"model {record.id} ({record.objective}) has: {known}"))
+    if eta and sampler != "ddim":
+        errors.append(field_error("eta", eta, f"goes with the sampler ddim, not with {sampler}"))
+    if shift != 1 and record.objective != "flow":
+        known = ", ".join(record.spacings) or "none told"
+        errors.append(field_error("shift", shift, f"is for flow models; model {record.id} has spacing: {known}"))
+    return spacing, eta, shift
 
 
 def _quality(body: GenerateRequest, record: ModelRecord, errors: list[dict[str, str]]) -> dict[str, Any]:

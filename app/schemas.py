@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 MAX_IMAGES = 64
+MAX_SHIFT = 100
 MAX_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
 ClassLabel = StrictInt | Annotated[StrictStr, Field(max_length=200)] | None
@@ -33,6 +34,19 @@ class GenerateRequest(BaseModel):
         default=None, description="A measured setting of the model, in place of steps."
     )
     sampler: Annotated[StrictStr, Field(max_length=50)] | None = Field(default=None, description="One of the model's samplers.")
+    spacing: Annotated[StrictStr, Field(max_length=50)] | None = Field(
+        default=None, description="Where a diffusion model is evaluated: one of the model's spacings."
+    )
+    eta: Fraction | None = Field(default=None, description="Noise that the sampler ddim adds: 0 none, 1 as much as ddpm.")
+    shift: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_SHIFT, allow_inf_nan=False)] | None = Field(
+        default=None, description="Moves a flow model's times towards noise; 1 leaves them equal."
+    )
+    guidance_channels: Literal["all", "first-three"] | None = Field(
+        default=None, description="Latent channels that guidance moves; the official DiT code moves the first three."
+    )
+    guidance_rescale: Fraction | None = Field(
+        default=None, description="How far the guided output is shrunk back to the conditional one's spread."
+    )
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None, description="Picture i uses seed + i; drawn when absent."
     )
@@ -81,6 +95,7 @@ class ModelView(BaseModel):
     image_channels: int
     objective: str
     samplers: list[str]
+    spacings: list[str]
     max_steps: int
     defaults: dict[str, Any]
     quality: dict[str, dict[str, Any]]

@@ -11,23 +11,25 @@ import argparse
 import copy
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.config import DiTConfig, ObjectiveConfig, VAEConfig
 from model.dit import DiT
+from model.export import export_diffusers, to_transformer
 from model.vae import VAE
 from training.runlog import commit, hardware
 from worker.protocol import GenerationRequest
 from worker.runner import Runner, can_compile
 from worker.scheduler import Job, Scheduler
 
-NULL_OF_PIPELINE = 1000  # DiTPipeline writes the null class as this literal
 CLASSES = 10
 
 
@@ -47,51 +49,13 @@ def bundled_shape(generator_seed: int = 0) -> tuple[DiTConfig, DiT, VAE]:
     return config, dit.eval().requires_grad_(False), VAE(shape).eval().requires_grad_(False)
 
 
-def to_transformer(config: DiTConfig, dit: DiT) -> DiTTransformer2DModel:
-    """Our weights under diffusers' names: the embedders copied into every block, the class table padded to the literal null class."""
-    peer = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        sample_size=config.input_size,
-        patch_size=config.patch_size,
-        num_embeds_ada_norm=NULL_OF_PIPELINE,
-        norm_eps=config.norm_eps,
-    )
-    ours = dit.state_dict()
-    table = torch.zeros(NULL_OF_PIPELINE + 1, config.hidden_size)
-    table[: config.num_classes] = ours["y_embedder.embedding_table.weight"][:-1]
-    table[NULL_OF_PIPELINE] = ours["y_embedder.embedding_table.weight"][-1]
-    state = {}
-    for kind in ("weight", "bias"):
-        state[f"pos_embed.proj.{kind}"] = ours[f"x_embedder.proj.{kind}"]
-        state[f"proj_out_1.{kind}"] = ours[f"final_layer.adaLN_modulation.1.{kind}"]
-        state[f"proj_out_2.{kind}"] = ours[f"final_layer.linear.{kind}"]
-        for i in range(config.depth):
-            here, there = f"blocks.{i}", f"transformer_blocks.{i}"
-            for number, ours_number in ((1, 0), (2, 2)):
-                state[f"{there}.norm1.emb.timestep_embedder.linear_{number}.{kind}"] = ours[f"t_embedder.mlp.{ours_number}.{kind}"]
-            state[f"{there}.norm1.linear.{kind}"] = ours[f"{here}.adaLN_modulation.1.{kind}"]
-            for name, part in zip(("to_q", "to_k", "to_v"), ours[f"{here}.attn.qkv.{kind}"].chunk(3), strict=True):
-                state[f"{there}.attn1.{name}.{kind}"] = part
-            state[f"{there}.attn1.to_out.0.{kind}"] = ours[f"{here}.attn.proj.{kind}"]
-            state[f"{there}.ff.net.0.proj.{kind}"] = ours[f"{here}.mlp.fc1.{kind}"]
-            state[f"{there}.ff.net.2.{kind}"] = ours[f"{here}.mlp.fc2.{kind}"]
-            state[f"{there}.norm1.emb.class_embedder.embedding_table.weight"] = table
-    missing, unexpected = peer.load_state_dict(state, strict=False)
-    assert not unexpected and all(name == "pos_embed.pos_embed" for name in missing), (missing, unexpected)
-    return peer.eval().requires_grad_(False)
-
-
-def to_pipeline(config: DiTConfig, dit: DiT, vae: VAE, device: torch.device, dtype: torch.dtype) -> DiTPipeline:
-    autoencoder = AutoencoderKL.from_config(vae.autoencoder.config)
-    autoencoder.load_state_dict(vae.autoencoder.state_dict())
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False)
-    pipeline = DiTPipeline(to_transformer(config, dit), autoencoder.eval(), scheduler)
+def to_pipeline(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiTPipeline:
+    """Our own export, loaded as anyone would load it."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_diffusers(checkpoint, Path(folder) / "exported")
+        pipeline = DiTPipeline.from_pretrained(Path(folder) / "exported", torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, dtype)
+    return pipeline.to(device)
 
 
 def check_same_function(config: DiTConfig, dit: DiT, peer: DiTTransformer2DModel) -> float:
@@ -142,7 +106,9 @@ class Ours:
     def run(self, batch: int, steps: int, guidance: float) -> tuple[float, float]:
         device = self.runner.device
         start = time.perf_counter()
-        request = GenerationRequest("benchmark", tuple(i % CLASSES for i in range(batch)), guidance, (0.0, 1.0), steps, "ddim", 0)
+        request = GenerationRequest(
+            "benchmark", tuple(i % CLASSES for i in range(batch)), guidance, (0.0, 1.0), steps, "ddim", 0, "leading"
+        )
         plan = self.runner.plan(request)
         scheduler = Scheduler(self.runner.max_rows)
         scheduler.add(Job("job", request.class_labels, 0, guidance, plan.guided, plan))
@@ -181,28 +147,29 @@ def main() -> None:
     compiled = can_compile(device)
 
     config, dit, vae = bundled_shape()
-    difference = check_same_function(config, dit, to_transformer(config, dit))
+    difference = check_same_function(config, dit, to_transformer(dit))
     print(f"{hardware()} · torch {torch.__version__} · {options.steps} DDIM steps · guidance {options.guidance} · compiled: {compiled}")
     print(f"one float32 forward of both sides differs by {difference:.1e}, relative")
 
+    checkpoint = CheckpointConfig(
+        architecture=config,
+        objective=ObjectiveConfig("diffusion"),
+        image_size=32,
+        image_channels=1,
+        labels=tuple((str(i),) for i in range(CLASSES)),
+        default_steps=options.steps,
+        default_guidance_scale=options.guidance,
+        default_sampler="ddim",
+        vae=vae.config,
+    )
+
     def ours(vae_dtype: torch.dtype) -> Ours:
-        checkpoint = CheckpointConfig(
-            architecture=config,
-            objective=ObjectiveConfig("diffusion"),
-            image_size=32,
-            image_channels=1,
-            labels=tuple((str(i),) for i in range(CLASSES)),
-            default_steps=options.steps,
-            default_guidance_scale=options.guidance,
-            default_sampler="ddim",
-            vae=vae.config,
-        )
         loaded = Checkpoint(checkpoint, copy.deepcopy(dit).to(device, torch.bfloat16), copy.deepcopy(vae).cast(vae_dtype).to(device))
         return Ours(loaded, options.batches, compiled)
 
     same, served = ours(torch.bfloat16), ours(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    peer_same = Peer(to_pipeline(config, dit, vae, device, torch.bfloat16), device)
-    peer_default = Peer(to_pipeline(config, dit, vae, device, torch.float32), device)
+    peer_same = Peer(to_pipeline(Checkpoint(checkpoint, dit, vae), device, torch.bfloat16), device)
+    peer_default = Peer(to_pipeline(Checkpoint(checkpoint, dit, vae), device, torch.float32), device)
     results = []
     for batch in options.batches:
         arguments = (batch, options.steps, options.guidance)

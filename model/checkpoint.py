@@ -20,7 +20,7 @@ from model.config import DiTConfig, ObjectiveConfig, VAEConfig, stored
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
 from model.flow import RectifiedFlow
-from model.sampling import available_samplers, max_steps
+from model.samplers import available_samplers, available_spacings, max_steps
 from model.vae import VAE
 
 FORMAT = 1
@@ -47,6 +47,7 @@ class CheckpointConfig:
     default_steps: int
     default_guidance_scale: float
     default_sampler: str
+    default_spacing: str | None = None  # of a diffusion's times; None is the paper's
     vae: VAEConfig | None = None
     quality: dict[str, dict[str, Any]] = field(default_factory=dict)  # draft, standard, best → steps, sampler, guidance_scale
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,14 @@ class CheckpointConfig:
             raise ValueError(f"the default sampler {self.default_sampler!r} is none of this model's: {', '.join(known)}")
         if not 1 <= self.default_steps <= max_steps(self.objective):
             raise ValueError(f"the default steps must be between 1 and {max_steps(self.objective)}, got {self.default_steps}")
+        if self.default_spacing is not None and self.default_spacing not in available_spacings(self.objective):
+            raise ValueError(f"the default spacing {self.default_spacing!r} is none of this model's")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a request that leaves them out gets."""
+        spacing = {"spacing": self.default_spacing} if self.default_spacing else {}
+        return {"steps": self.default_steps, "guidance_scale": self.default_guidance_scale, "sampler": self.default_sampler, **spacing}
 
 
 @dataclass
@@ -117,11 +126,7 @@ def _describe(config: CheckpointConfig) -> dict[str, Any]:
         "image_channels": config.image_channels,
         "labels": [list(group) for group in config.labels],
         "null_class": config.architecture.null_class,
-        "defaults": {
-            "steps": config.default_steps,
-            "guidance_scale": config.default_guidance_scale,
-            "sampler": config.default_sampler,
-        },
+        "defaults": config.defaults,
         "quality": config.quality,
         "provenance": config.provenance,
         "metrics": config.metrics,
@@ -299,6 +304,7 @@ def _parse(document: dict[str, Any], folder: Path) -> CheckpointConfig:
             default_steps=document["defaults"]["steps"],
             default_guidance_scale=document["defaults"]["guidance_scale"],
             default_sampler=document["defaults"]["sampler"],
+            default_spacing=document["defaults"].get("spacing"),
             quality=document["quality"],
             provenance=document["provenance"],
             metrics=document["metrics"],

@@ -39,7 +39,7 @@ class DiTConfig:
     num_classes: int  # without the null class, whose index is num_classes
     mlp_ratio: float = 4.0
     learn_sigma: bool = True  # 2C output channels: noise and the covariance's v
-    norm_eps: float = 1e-6  # of every norm
+    norm_eps: float = 1e-6  # of every norm but the one before the MLP
     time_factor: float = 1.0  # t is multiplied by this before its features: 1 for steps 0…999, 1000 for flow time 0…1
     frequency_shift: int = 0  # feature frequencies are 10⁴^(−i/(128−shift)): 0 official code, 1 diffusers
     mlp_norm_eps: float = _added(1e-6)  # of the norm before a block's MLP, which diffusers gives 1e-5 unless told
@@ -52,6 +52,8 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learn_sigma", "qk_norm", "rms_norm", "swiglu", "rope"):
+            _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         _require(self.input_size % self.patch_size == 0, f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         _require(self.hidden_size % self.num_heads == 0, f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         _require(self.hidden_size % 4 == 0, f"hidden_size must be a multiple of 4 for 2-D sine-cosine positions, got {self.hidden_size}")

@@ -39,19 +39,13 @@ def macs(run: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2
 
 
-def dit_parameters(config: DiTConfig) -> int:
-    with torch.device("meta"):
-        dit = DiT(config)
-    return sum(p.numel() for p in dit.parameters()) + dit.pos_embed.numel()
-
-
-def dit_gmacs(config: DiTConfig) -> float:
-    """One forward of one row."""
+def dit_cost(config: DiTConfig) -> tuple[int, float]:
+    """Parameters, the frozen position table included, and the GMACs of one forward of one row."""
     with torch.device("meta"):
         dit = DiT(config).to("meta")  # its position table is a real one
         x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         t, y = torch.empty(1), torch.empty(1, dtype=torch.int64)
-        return macs(lambda: dit(x, t, y)) / 1e9
+        return sum(p.numel() for p in dit.parameters()) + dit.pos_embed.numel(), macs(lambda: dit(x, t, y)) / 1e9
 
 
 @functools.cache
@@ -64,12 +58,12 @@ def decoder_gmacs(config: VAEConfig) -> float:
 
 def cost(name: str, config: DiTConfig, vae: VAEConfig | None, image_size: int, *, steps: int) -> Cost:
     """The cost of a picture of `steps` evaluations, each guided."""
-    one, decoder = dit_gmacs(config), decoder_gmacs(vae) if vae else None
+    (parameters, one), decoder = dit_cost(config), decoder_gmacs(vae) if vae else None
     return Cost(
         model=name,
         block=config.block,
         image_size=image_size,
-        parameters=dit_parameters(config),
+        parameters=parameters,
         gmacs=one,
         guided_gmacs=2 * one,
         decoder_gmacs=decoder,

@@ -4,6 +4,8 @@ Parameter names are those of the official state dict, so that its checkpoints lo
 Shapes: B rows · C latent channels · N tokens · D width · p patch size.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +55,14 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiT":
+        """`.to()`, `.bfloat16()` and the like; the rotary angles keep their float32, of which bfloat16 would leave three digits."""
+        rotary = self.rotary
+        super()._apply(fn, recurse)
+        if rotary is not None and self.rotary is not None:
+            self.rotary = rotary.to(self.rotary.device)
+        return self
 
     def reset_parameters(self) -> None:
         """The paper's initialisation: an adaLN-Zero block starts as the identity, and every network predicts zero."""

@@ -15,17 +15,19 @@ class RectifiedFlow:
     def __init__(self, config: ObjectiveConfig) -> None:
         if config.kind != "flow":
             raise ValueError(f"rectified flow needs the objective 'flow', got {config.kind!r}")
-        self.mean, self.std = config.logit_normal_mean, config.logit_normal_std
+        self.config = config
 
-    def time(self, normal: Tensor) -> Tensor:
-        """Standard normals (B,) → logit-normal times in (0, 1)."""
-        return torch.sigmoid(self.mean + self.std * normal)
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Training times (B,) in (0, 1], uniform or logit-normal, on the CPU."""
+        if self.config.flow_time == "uniform":
+            return 1 - torch.rand(count, generator=generator)  # rand is in [0, 1); sampling begins at 1 and never visits 0
+        return torch.sigmoid(self.config.logit_normal_mean + self.config.logit_normal_std * torch.randn(count, generator=generator))
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         t = t.view(-1, 1, 1, 1)
         return (1 - t) * x0 + t * noise
 
-    def losses(self, out: Tensor, x0: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Mean squared error of the velocity per row (B,)."""
+    def losses(self, out: Tensor, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Mean squared error of the velocity per row (B,), called as that of the diffusion; the velocity is the same all along the path."""
         mse = (out - (noise - x0)).square().flatten(1).mean(1)
         return {"mse": mse, "loss": mse}

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from model.checkpoint import CheckpointConfig
+from model.config import DiTConfig, ObjectiveConfig
 
 GRID = "grid.png"
 _MISSING = "not recorded"
@@ -41,8 +42,7 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         _title(config),
         _picture(config, metrics),
         _use(config),
-        _data(config),
-        _training(config),
+        *([_origin(config)] if "imported" in config.provenance else [_data(config), _training(config)]),
         _metrics(metrics),
         _limits(config),
     ]
@@ -67,17 +67,33 @@ def _size(config: CheckpointConfig) -> str:
 
 def _title(config: CheckpointConfig) -> str:
     dit, vae = config.architecture, config.vae
-    objective = "rectified flow" if config.objective.kind == "flow" else "Gaussian diffusion with the paper's loss"
     parameters = _stage(config, "dit").get("parameters")
     counted = f"{parameters / 1e6:.1f} M parameters, " if parameters else ""
     latents = f" on {vae.latent_size}×{vae.latent_size}×{vae.latent_channels} latents of its own VAE" if vae else ""
     return (
         f"# Class-conditional DiT, {_size(config)}, {len(config.labels)} classes\n\n"
-        f"A Diffusion Transformer (Peebles & Xie 2022) with adaLN-Zero blocks{latents}: "
+        f"A Diffusion Transformer (Peebles & Xie 2022) with {_network(dit)}{latents}: "
         f"{counted}width {dit.hidden_size}, depth {dit.depth}, {dit.num_heads} heads, patch {dit.patch_size}, {dit.num_tokens} tokens; "
-        f"trained as {objective}. "
+        f"trained as {_objective(config.objective, dit.learn_sigma)}. "
         f"Defaults: {config.default_sampler}, {config.default_steps} steps, guidance {config.default_guidance_scale:g}."
     )
+
+
+def _network(dit: DiTConfig) -> str:
+    block = {"adaln-zero": "adaLN-Zero", "adaln": "adaLN"}.get(dit.block, dit.block)
+    parts = {"QK-norm": dit.qk_norm, "RMSNorm": dit.rms_norm, "SwiGLU": dit.swiglu, "2-D RoPE": dit.rope}
+    added = ", ".join(name for name, there in parts.items() if there)
+    return f"{block} blocks ({added})" if added else f"{block} blocks"
+
+
+def _objective(objective: ObjectiveConfig, learn_sigma: bool) -> str:
+    if objective.kind == "flow":
+        return "rectified flow" if objective.flow_time == "logit-normal" else f"rectified flow with {objective.flow_time} times"
+    if learn_sigma and objective == ObjectiveConfig("diffusion"):
+        return "Gaussian diffusion with the paper's loss"
+    loss = "the paper's hybrid loss" if learn_sigma else "the mean squared error alone"
+    weight = f", min-SNR weighted (γ = {objective.min_snr_gamma:g})" if objective.min_snr_gamma else ""
+    return f"Gaussian diffusion with {objective.prediction}-prediction and {loss}{weight}"
 
 
 def _picture(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
@@ -102,6 +118,18 @@ def _use(config: CheckpointConfig) -> str:
         "curl -s -X POST localhost:8000/generate -H 'Prefer: wait=30' -H 'Accept: image/png' -H 'Content-Type: application/json' \\\n"
         f"     -d {body} -o picture.png\n```\n\n"
         f"`class_label` is an index from 0 to {len(config.labels) - 1} or a class's name."
+    )
+
+
+def _origin(config: CheckpointConfig) -> str:
+    """Of weights that were trained elsewhere (`dit import`)."""
+    told, dit = _stage(config, "imported"), config.architecture
+    parts = [("DiT", told.get("sha256")), ("VAE", (told.get("vae") or {}).get("sha256"))]
+    files = [f"- {part}, `{name}`: sha256 `{digest}`" for part, named in parts for name, digest in (named or {}).items()]
+    return (
+        f"## Origin\n\nImported from `{told.get('source')}` ({told.get('format')} format) by `dit import`; how it was trained is not known "
+        f"here. The time features' frequencies are divided by {128 - dit.frequency_shift}, and the norm before the MLP has eps "
+        f"{dit.mlp_norm_eps:g}.\n\n" + "\n".join(files)
     )
 
 

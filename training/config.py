@@ -1,11 +1,15 @@
 """A recipe: one TOML file that says everything a training run needs but the data's folder."""
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from model.config import DiTConfig, ObjectiveConfig
+
 RECIPES = Path(__file__).parent / "recipes"
+_FLOW_TIME_FACTOR = 1000.0  # flow time 0…1 seen by the embedding on the scale of diffusion steps
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,54 @@ class VAERecipe:
 
 @dataclass(frozen=True)
 class DiTRecipe:
+    """Fields are those of DiTConfig and ObjectiveConfig, which say what they mean and check them."""
+
     patch_size: int
     hidden_size: int
     depth: int
     num_heads: int
     objective: str
-    learn_sigma: bool
+    learn_sigma: bool  # diffusion: the paper's hybrid loss; without, the squared error alone
     optimiser: OptimiserConfig
     label_dropout: float = 0.1
+    block: str = "adaln-zero"
+    qk_norm: bool = False
+    rms_norm: bool = False
+    swiglu: bool = False
+    rope: bool = False
+    prediction: str = "noise"
+    min_snr_gamma: float = 0.0
+    flow_time: str = "logit-normal"
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in 0 … 1, got {self.label_dropout}")
+        self.objective_config()
+        if self.learn_sigma and self.objective == "flow":
+            raise ValueError("learn_sigma belongs to the objective 'diffusion': a flow has no covariance to learn")
+        self.architecture(input_size=max(1, self.patch_size), in_channels=1, num_classes=1)  # for its checks
+
+    def objective_config(self) -> ObjectiveConfig:
+        return ObjectiveConfig(self.objective, prediction=self.prediction, min_snr_gamma=self.min_snr_gamma, flow_time=self.flow_time)
+
+    def architecture(self, *, input_size: int, in_channels: int, num_classes: int) -> DiTConfig:
+        """The network for latents and classes that the recipe does not know."""
+        return DiTConfig(
+            input_size=input_size,
+            patch_size=self.patch_size,
+            in_channels=in_channels,
+            hidden_size=self.hidden_size,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            num_classes=num_classes,
+            learn_sigma=self.learn_sigma,
+            time_factor=_FLOW_TIME_FACTOR if self.objective == "flow" else 1.0,
+            block=self.block,
+            qk_norm=self.qk_norm,
+            rms_norm=self.rms_norm,
+            swiglu=self.swiglu,
+            rope=self.rope,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,14 +128,24 @@ class Recipe:
 
 
 R = TypeVar("R")
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
+
+
+def _check_kind(name: str, kind: Any, value: Any) -> None:
+    """TOML's types are Python's, but a dataclass takes any: `rope = "no"` would be true."""
+    fits = type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
+    if kind in _KINDS and not fits:
+        raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}")
 
 
 def _build(kind: type[R], section: str, values: dict[str, Any], path: Path, **nested: Any) -> R:
-    allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    allowed = {f.name: f.type for f in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(allowed))
     if unknown:
         raise ValueError(f"{path}: [{section}] has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
     try:
+        for name, value in values.items():
+            _check_kind(name, allowed[name], value)
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **nested)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: [{section}] {error}") from error

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, CheckpointConfig, annotate, load, read_config, resolve
-from model.sampling import available_samplers, build_table, sample, to_pixels
+from model.samplers import available_samplers, build_table
+from model.sampling import sample, to_pixels
 from model.vae import VAE
 from training.card import GRID, measures, model_card, settings_line
 from training.classifier import Classifier, ClassifierConfig, Judgement, get_classifier
@@ -135,6 +136,7 @@ def judge_pictures(checkpoint: Checkpoint, classifier: Classifier, settings: Set
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             sampler=settings.sampler,
+            spacing=checkpoint.config.default_spacing,
             seeds=seeds.tolist(),
         )
         judged.append(classifier.judge(images.permute(0, 3, 1, 2)))

@@ -59,10 +59,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 def _save_state(
-    path: Path, model: nn.Module, ema: EMA, optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, seconds: float
+    path: Path, model: nn.Module, ema: EMA, optimiser: torch.optim.Optimizer, config: dict[str, Any], step: int, seconds: float
 ) -> None:
     state = {
-        "config": asdict(config),
+        "config": config,
         "model": model.state_dict(),
         "ema": ema.model.state_dict(),
         "optimiser": optimiser.state_dict(),
@@ -81,9 +81,9 @@ def _save_state(
         os.close(descriptor)
 
 
-def _same_schedule(started: dict[str, Any], config: OptimiserConfig, folder: Path) -> None:
+def _same_run(started: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
     """A resumed run is the run that never stopped, so what shapes its steps may not change; how often it samples and saves may."""
-    for name, now in asdict(config).items():
+    for name, now in config.items():
         if name not in ("sample_every", "save_every") and started.get(name, now) != now:
             raise ValueError(f"{folder} was started with {name} = {started[name]}, the recipe now says {now}: choose another --out")
 
@@ -97,12 +97,15 @@ def fit(
     preview: Callable[[nn.Module], Image.Image],
     resume: bool,
     title: str,
+    made_of: dict[str, Any],
 ) -> tuple[nn.Module, float]:
     """Train `model` in place; `loss_at(step)` gives scalars, of which `loss` is minimised. Returns the EMA model and the seconds spent.
 
+    `made_of` names what else must be the same for a run to be resumed: architecture and objective.
+
     Raises Interrupted after saving, ValueError if there is nothing to resume or something that would be overwritten.
     """
-    state_path = folder / STATE
+    state_path, run = folder / STATE, {**asdict(config), **made_of}
     if state_path.exists() and not resume:
         raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
     if resume and not state_path.exists():
@@ -112,7 +115,7 @@ def fit(
     start, seconds_before = 0, 0.0
     if resume:
         state = torch.load(state_path, map_location="cpu", weights_only=True)
-        _same_schedule(state.get("config", {}), config, folder)
+        _same_run(state.get("config", {}), run, folder)
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
@@ -155,7 +158,7 @@ def fit(
             if done % config.sample_every == 0 or last:
                 preview(ema.model).save(folder / f"samples-{done:06d}.png")
             if saving:
-                _save_state(state_path, model, ema, optimiser, config, done, seconds_before + time.perf_counter() - began)
+                _save_state(state_path, model, ema, optimiser, run, done, seconds_before + time.perf_counter() - began)
             if stopping and not last:
                 log.write(event="interrupted", step=done)
                 raise Interrupted(f"saved at step {done} of {config.steps} in {folder}; go on with --resume")

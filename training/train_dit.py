@@ -1,6 +1,7 @@
 """Stage two: the DiT on cached latents. `dit train dit RECIPE --data DIR`; writes a checkpoint to OUT/checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,11 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.checkpoint import DTYPES, Checkpoint, CheckpointConfig, save
-from model.config import DiTConfig, ObjectiveConfig, VAEConfig
+from model.config import DiTConfig, ObjectiveConfig
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
 from model.flow import RectifiedFlow
-from model.sampling import build_table, sample
+from model.samplers import build_table
+from model.sampling import sample
 from model.vae import VAE
 from training.card import model_card
 from training.config import Recipe
@@ -24,47 +26,34 @@ from training.runlog import command, commit, hardware
 from training.train_vae import load_vae
 
 _SEED = 0
-_FLOW_TIME_FACTOR = 1000.0  # flow time 0…1 seen by the embedding on the scale of diffusion steps
 CHECKPOINT = "checkpoint"
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+Process = GaussianDiffusion | RectifiedFlow
 
 
-def dit_config(recipe: Recipe, vae: VAEConfig, num_classes: int) -> DiTConfig:
-    return DiTConfig(
-        input_size=vae.latent_size,
-        patch_size=recipe.dit.patch_size,
-        in_channels=vae.latent_channels,
-        hidden_size=recipe.dit.hidden_size,
-        depth=recipe.dit.depth,
-        num_heads=recipe.dit.num_heads,
-        num_classes=num_classes,
-        learn_sigma=recipe.dit.learn_sigma,
-        time_factor=_FLOW_TIME_FACTOR if recipe.dit.objective == "flow" else 1.0,
-    )
+def build_process(objective: ObjectiveConfig, device: torch.device) -> Process:
+    return RectifiedFlow(objective) if objective.kind == "flow" else GaussianDiffusion(objective).to(device)
 
 
-def dit_losses(network: Network, objective: ObjectiveConfig, x0: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def _to(device: torch.device, value: Tensor) -> Tensor:
+    """A copy to a GPU from pinned memory does not wait for the step before."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def dit_losses(network: Network, process: Process, x0: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw time and noise for clean latents x0 (B, C, h, w) of classes y (B,); returns the means of the objective's losses."""
-    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    if objective.kind == "flow":
-        flow = RectifiedFlow(objective)
-        t = flow.time(torch.randn(len(x0), generator=generator)).to(x0.device)
-        losses = flow.losses(network(flow.q_sample(x0, t, noise), t, y).float(), x0, noise)
-    else:
-        diffusion = GaussianDiffusion(objective)
-        t = torch.randint(objective.num_timesteps, (len(x0),), generator=generator).to(x0.device)
-        xt = diffusion.q_sample(x0, t, noise)
-        losses = diffusion.losses(network(xt, t, y).float(), x0, xt, t, noise)
+    noise = _to(x0.device, torch.randn(x0.shape, generator=generator))
+    t = _to(x0.device, process.draw_times(len(x0), generator))
+    xt = process.q_sample(x0, t, noise)
+    losses = process.losses(network(xt, t, y).float(), x0, xt, t, noise)
     return {name: value.mean() for name, value in losses.items()}
 
 
 def _check(recipe: Recipe) -> ObjectiveConfig:
     """Errors before the first step, not after the last."""
-    objective = ObjectiveConfig(recipe.dit.objective)
-    if (objective.kind == "diffusion") != recipe.dit.learn_sigma:
-        raise ValueError("learn_sigma = true belongs to objective = 'diffusion', and false to 'flow'")
-    build_table(objective, recipe.defaults.sampler, recipe.defaults.steps)
+    objective = recipe.dit.objective_config()
+    build_table(objective, recipe.defaults.sampler, recipe.defaults.steps, learn_sigma=recipe.dit.learn_sigma)
     if recipe.defaults.dtype not in DTYPES:
         raise ValueError(f"defaults.dtype must be one of {', '.join(DTYPES)}, got {recipe.defaults.dtype!r}")
     return objective
@@ -98,17 +87,20 @@ def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume
     if vae.config.image_size != recipe.data.image_size or vae.config.image_channels != recipe.data.image_channels:
         raise ValueError(f"the VAE in {vae_folder} was trained for other images than the recipe's {recipe.data.image_size} pixels")
     latents = cached_latents(vae, dataset.train, out, flips=recipe.data.horizontal_flip)
-    architecture = dit_config(recipe, vae.config, len(dataset.class_names))
+    architecture = recipe.dit.architecture(
+        input_size=vae.config.latent_size, in_channels=vae.config.latent_channels, num_classes=len(dataset.class_names)
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(_SEED)
     dit = DiT(architecture).to(device)
-    loss_at = _loss_function(dit, recipe, objective, dataset, latents, device)
+    loss_at = _loss_function(dit, recipe, build_process(objective, device), dataset, latents, device)
     vae = vae.to(device)
 
     def checkpoint_of(model: DiT, **provenance: Any) -> Checkpoint:
         return Checkpoint(_describe(recipe, dataset, architecture, objective, vae, provenance), model, vae)
 
-    trained, seconds = fit(dit, loss_at, optimiser, out, preview=_preview(checkpoint_of), resume=resume, title="dit")
+    made_of = asdict(architecture) | asdict(objective)
+    trained, seconds = fit(dit, loss_at, optimiser, out, preview=_preview(checkpoint_of), resume=resume, title="dit", made_of=made_of)
     trained_here = {
         "command": command().replace(" --resume", ""),  # a resumed run equals the one never stopped
         "minutes": round(seconds / 60, 1),
@@ -124,7 +116,7 @@ def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume
 
 
 def _loss_function(
-    dit: DiT, recipe: Recipe, objective: ObjectiveConfig, dataset: Dataset, latents: LatentCache, device: torch.device
+    dit: DiT, recipe: Recipe, process: Process, dataset: Dataset, latents: LatentCache, device: torch.device
 ) -> Callable[[int], dict[str, Tensor]]:
     batch_size, null_class = recipe.dit.optimiser.batch_size, dit.config.null_class
 
@@ -132,11 +124,11 @@ def _loss_function(
         index = batch_indices(len(dataset.train), batch_size, step, _SEED)
         generator = step_generator(_SEED, step)
         view = torch.randint(latents.mean.shape[0], (batch_size,), generator=generator)
-        x0 = latents.sample(index, view, torch.randn(batch_size, *latents.mean.shape[2:], generator=generator)).to(device)
+        x0 = _to(device, latents.sample(index, view, torch.randn(batch_size, *latents.mean.shape[2:], generator=generator)))
         dropped = torch.rand(batch_size, generator=generator) < recipe.dit.label_dropout
-        y = torch.where(dropped, null_class, dataset.train.labels[index]).to(device)
+        y = _to(device, torch.where(dropped, null_class, dataset.train.labels[index]))
         with torch.autocast(device.type, torch.bfloat16):
-            return dit_losses(dit, objective, x0, y, generator)
+            return dit_losses(dit, process, x0, y, generator)
 
     return loss_at
 

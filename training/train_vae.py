@@ -90,7 +90,7 @@ def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) ->
         decoded = model.decode(model.encode(shown.to(device))).cpu()
         return grid(to_pixels(torch.cat([shown, decoded])), columns=8)
 
-    trained, seconds = fit(vae, loss_at, optimiser, out, preview=preview, resume=resume, title="vae")
+    trained, seconds = fit(vae, loss_at, optimiser, out, preview=preview, resume=resume, title="vae", made_of=asdict(config))
     assert isinstance(trained, VAE)
     trained = trained.to("cpu").float()
     mean, std = latent_statistics(trained, dataset.train)

@@ -17,7 +17,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-VERSION = 1  # of the job payload; a worker takes this version and the one before
+VERSION = 2  # of the job payload; a worker takes this version and the one before
 OPERATION = "dit.generate"  # the only thing an rq job of ours may ask for; it is compared, never imported
 MAX_ATTEMPTS = 5
 MODEL_TTL_S = 20
@@ -26,6 +26,8 @@ EVENTS_KEPT = 2000  # events of one job, about
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELING, CANCELED = "queued", "running", "succeeded", "failed", "canceling", "canceled"
 FINAL = (SUCCEEDED, FAILED, CANCELED)
+ALL_CHANNELS, FIRST_THREE_CHANNELS = "all", "first-three"  # of a latent that guidance moves; the official code moves three
+MAX_SHIFT = 100.0
 LARGEST_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
 JOB_FIELDS = {
@@ -85,6 +87,12 @@ class GenerationRequest:
     steps: int
     sampler: str
     seed: int
+    # Since version 2; a payload of version 1 has none of them.
+    spacing: str | None = None  # of a diffusion's times; None is the paper's, and flow has none
+    eta: float = 0.0  # of ddim
+    shift: float = 1.0  # of flow time
+    guidance_channels: str = ALL_CHANNELS
+    guidance_rescale: float = 0.0
 
     @property
     def num_images(self) -> int:
@@ -115,6 +123,11 @@ class GenerationRequest:
             "guidance_interval": _is_number(low) and _is_number(high) and 0 <= low <= high <= 1,
             "steps": type(self.steps) is int and 1 <= self.steps <= 1000,
             "sampler": isinstance(self.sampler, str),
+            "spacing": self.spacing is None or isinstance(self.spacing, str),
+            "eta": _is_number(self.eta) and 0 <= self.eta <= 1,
+            "shift": _is_number(self.shift) and 0 < self.shift <= MAX_SHIFT,
+            "guidance_channels": self.guidance_channels in (ALL_CHANNELS, FIRST_THREE_CHANNELS),
+            "guidance_rescale": _is_number(self.guidance_rescale) and 0 <= self.guidance_rescale <= 1,
             "seed": type(self.seed) is int and 0 <= self.seed <= LARGEST_SEED + 1 - self.num_images,
         }
         wrong = [name for name, is_sound in sound.items() if not is_sound]
@@ -134,9 +147,10 @@ class ModelRecord:
     objective: str
     samplers: list[str]
     max_steps: int
-    defaults: dict[str, Any]  # steps, guidance_scale, sampler
+    defaults: dict[str, Any]  # steps, guidance_scale, sampler, spacing
     quality: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    spacings: list[str] = field(default_factory=list)  # of a diffusion's times, the default first; flow has none
     device: str = ""
     dtype: str = ""
     max_rows: int = 0

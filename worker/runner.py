@@ -21,13 +21,15 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.noise import normal
-from model.sampling import SamplerTable, build_table, to_pixels, update
-from worker.protocol import GenerationRequest
+from model.samplers import MAX_STATES, SamplerTable, build_table
+from model.sampling import guide, to_pixels, update
+from worker.protocol import ALL_CHANNELS, GenerationRequest
 from worker.scheduler import Picture
 
 log = logging.getLogger("dit.runner")
 
-K = 1  # latents kept by the samplers there are
+K = MAX_STATES  # latents kept by any sampler; those that keep fewer leave the rest zero
+FIRST_CHANNELS = 3  # that the official code guides
 SMALLEST_FORWARD, SMALLEST_DECODE = 4, 2  # below these the CPU's kernels give other bits
 
 
@@ -39,10 +41,13 @@ class Plan:
     coefficients: list[list[float]]  # a (K·K), b (K), d, low, high
     noisy: list[bool]
     guided: list[bool]
+    guidance_channels: int
+    guidance_rescale: float
 
 
-def make_plan(table: SamplerTable, request: GenerationRequest) -> Plan:
-    """Guidance costs a second row only while its scale is not 1 and t/T is inside its interval."""
+def make_plan(table: SamplerTable, request: GenerationRequest, channels: int) -> Plan:
+    """Guidance costs a second row only while its scale is not 1 and t/T is inside its interval. `channels` are those of a latent."""
+    table = table.padded(K)
     columns = [table.a.flatten(1), table.b, table.d[:, None], table.log_variance_low[:, None], table.log_variance_high[:, None]]
     low, high = request.guidance_interval
     return Plan(
@@ -50,6 +55,8 @@ def make_plan(table: SamplerTable, request: GenerationRequest) -> Plan:
         coefficients=torch.cat(columns, dim=1).tolist(),
         noisy=(table.d != 0).tolist(),
         guided=[request.guidance_scale != 1.0 and low <= f <= high for f in table.fraction.tolist()],
+        guidance_channels=channels if request.guidance_channels == ALL_CHANNELS else min(FIRST_CHANNELS, channels),
+        guidance_rescale=request.guidance_rescale,
     )
 
 
@@ -155,14 +162,25 @@ class Runner:
         if wrong:
             raise ValueError(f"class labels are 0 … {self.config.num_classes - 1}, got {wrong[0]}")
         objective = self.checkpoint.config.objective
-        return make_plan(build_table(objective, request.sampler, request.steps, learn_sigma=self.config.learn_sigma), request)
+        table = build_table(
+            objective,
+            request.sampler,
+            request.steps,
+            learn_sigma=self.config.learn_sigma,
+            spacing=request.spacing,
+            eta=request.eta,
+            shift=request.shift,
+        )
+        return make_plan(table, request, self.config.in_channels)
 
     @torch.inference_mode()
     def start(self, pictures: Sequence[Picture]) -> None:
         """Fill the slots of newly admitted pictures with their initial noise."""
         if pictures:
             seeds = self._tensor([p.seed for p in pictures], torch.int64)
-            self.state[self._slots(pictures), 0] = normal(seeds, torch.zeros_like(seeds), self.shape)
+            slots = self._slots(pictures)
+            self.state[slots] = 0  # what an earlier picture's sampler remembered
+            self.state[slots, 0] = normal(seeds, torch.zeros_like(seeds), self.shape)
 
     @torch.inference_mode()
     def step(self, pictures: Sequence[Picture]) -> None:
@@ -195,12 +213,13 @@ class Runner:
         conditional = out[:count]
         if not guided:
             return conditional
-        channels = self.config.in_channels
-        scale = self._tensor([pictures[i].job.guidance_scale for i in guided], torch.float32).view(-1, 1, 1, 1)
+        jobs = [pictures[i].job for i in guided]
+        scale = self._per_row([job.guidance_scale for job in jobs])
+        channels = self._per_row([job.plan.guidance_channels for job in jobs])
+        rescale = self._per_row([job.plan.guidance_rescale for job in jobs]) if any(job.plan.guidance_rescale for job in jobs) else None
         where = self._tensor(guided, torch.int64)
-        unconditional = out[count : count + len(guided), :channels]
         result = conditional.clone()
-        result[where, :channels] = unconditional + scale * (conditional[where, :channels] - unconditional)
+        result[where] = guide(conditional[where], out[count : count + len(guided)], scale, channels, rescale)
         return result
 
     @torch.inference_mode()
@@ -220,6 +239,9 @@ class Runner:
 
     def _bucket(self, buckets: Sequence[int], count: int) -> int:
         return next(b for b in buckets if b >= count)
+
+    def _per_row(self, values: Sequence[float]) -> Tensor:
+        return self._tensor(values, torch.float32).view(-1, 1, 1, 1)
 
     def _slots(self, pictures: Sequence[Picture]) -> Tensor:
         return self._tensor([p.slot for p in pictures], torch.int64)

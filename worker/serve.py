@@ -8,7 +8,7 @@ from redis import Redis
 from torch._dynamo.exc import BackendCompilerFailed
 
 from model.checkpoint import DTYPES, Checkpoint, CheckpointError, load
-from model.sampling import available_samplers, max_steps
+from model.samplers import available_samplers, available_spacings, max_steps
 from worker.engine import Engine
 from worker.protocol import ModelRecord
 from worker.rq_worker import DiTWorker
@@ -62,8 +62,9 @@ def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
         image_channels=config.image_channels,
         objective=config.objective.kind,
         samplers=available_samplers(config.objective, config.architecture.learn_sigma),
+        spacings=available_spacings(config.objective),
         max_steps=max_steps(config.objective),
-        defaults={"steps": config.default_steps, "guidance_scale": config.default_guidance_scale, "sampler": config.default_sampler},
+        defaults=config.defaults,
         quality=config.quality,
         metrics={name: value for name, value in config.metrics.items() if isinstance(value, int | float)},
         device=str(checkpoint.device),

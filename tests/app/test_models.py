@@ -28,6 +28,15 @@ def test_one_model_is_told_with_what_a_form_needs(client: TestClient, record: Mo
     assert (model["checkpoint"], model["metrics"], set(model["quality"])) == (record.checkpoint, record.metrics, {"draft", "best"})
 
 
+def test_a_diffusion_model_is_told_with_its_spacings(bare_client: TestClient, serve: Callable[..., ModelRecord]) -> None:
+    defaults = {"steps": 4, "guidance_scale": 2.0, "sampler": "ddim", "spacing": "trailing"}
+    serve(id="flowing")
+    serve(id="diffused", objective="diffusion", samplers=["ddim"], spacings=["paper", "trailing"], defaults=defaults)
+    models = {model["id"]: model for model in bare_client.get("/models").json()["models"]}
+    assert (models["diffused"]["spacings"], models["diffused"]["defaults"]) == (["paper", "trailing"], defaults)
+    assert models["flowing"]["spacings"] == []
+
+
 def test_an_unknown_model_is_404_and_the_known_are_named(client: TestClient) -> None:
     for name in ("birds", "%00", "é" * 100):
         answer = client.get(f"/models/{name}")

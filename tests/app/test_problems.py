@@ -63,6 +63,30 @@ def refused(client: TestClient, body: dict[str, Any]) -> dict[str, str]:
         ("quality", 1, "'draft', 'standard' or 'best'"),
         ("sampler", "ddim", "euler"),
         ("sampler", 1, "string"),
+        ("spacing", "paper", "(flow) has: none; shift moves its times"),
+        ("spacing", "", "(flow) has: none; shift moves its times"),
+        ("spacing", 1, "string"),
+        ("spacing", "p" * 51, "50"),
+        ("eta", 0.5, "goes with the sampler ddim, not with euler"),
+        ("eta", -0.1, "greater than or equal to 0"),
+        ("eta", 1.1, "less than or equal to 1"),
+        ("eta", "0.5", "number"),
+        ("eta", True, "number"),
+        ("eta", float("nan"), "greater than or equal to 0"),
+        ("shift", 0, "greater than 0"),
+        ("shift", -1.5, "greater than 0"),
+        ("shift", 100.5, "less than or equal to 100"),
+        ("shift", "3", "number"),
+        ("shift", True, "number"),
+        ("shift", float("nan"), "greater than 0"),
+        ("shift", float("inf"), "less than or equal to 100"),
+        ("guidance_channels", "first-two", "'all' or 'first-three'"),
+        ("guidance_channels", 3, "'all' or 'first-three'"),
+        ("guidance_rescale", 1.5, "less than or equal to 1"),
+        ("guidance_rescale", -1, "greater than or equal to 0"),
+        ("guidance_rescale", "1", "number"),
+        ("guidance_rescale", False, "number"),
+        ("guidance_rescale", float("nan"), "greater than or equal to 0"),
         ("seed", -1, "greater than or equal to 0"),
         ("seed", MAX_SEED + 1, "less than or equal to 9007199254740991"),
         ("seed", "7", "integer"),
@@ -156,9 +180,18 @@ def test_the_seeds_of_all_pictures_stay_in_range(client: TestClient) -> None:
 
 
 def test_what_a_models_objective_cannot_do_is_told_with_what_it_can(bare_client: TestClient, serve: Callable[..., ModelRecord]) -> None:
-    serve(objective="diffusion", samplers=["ddim", "ddpm"], max_steps=250, defaults={"steps": 25, "guidance_scale": 1, "sampler": "ddim"})
-    errors = refused(bare_client, {"class_label": 0, "sampler": "euler", "steps": 251})
+    serve(
+        objective="diffusion",
+        samplers=["ddim", "ddpm"],
+        spacings=["paper", "trailing"],
+        max_steps=250,
+        defaults={"steps": 25, "guidance_scale": 1, "sampler": "ddim"},
+    )
+    errors = refused(bare_client, {"class_label": 0, "sampler": "euler", "steps": 251, "spacing": "karras", "shift": 2})
     assert "(diffusion) can do: ddim, ddpm" in errors["sampler"] and "1 … 250" in errors["steps"]
+    assert "(diffusion) has: paper, trailing" in errors["spacing"]
+    assert "is for flow models; model tiny has spacing: paper, trailing" in errors["shift"]
+    assert "goes with the sampler ddim, not with ddpm" in refused(bare_client, {"class_label": 0, "sampler": "ddpm", "eta": 0.5})["eta"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from redis import Redis
 from starlette.testclient import TestClient
 
+from app.schemas import GenerateRequest
 from worker import protocol
 from worker.protocol import GenerationRequest, ModelRecord
 
@@ -31,15 +32,19 @@ def test_what_is_absent_takes_the_models_defaults(resolved: Callable[..., dict[s
         "num_images": 1,
         "guidance_scale": 2.0,
         "guidance_interval": [0.0, 1.0],
+        "guidance_channels": "all",
+        "guidance_rescale": 0.0,
         "steps": 4,
         "sampler": "euler",
+        "shift": 1.0,
         "seed": 7,
         "model": "tiny",
     }
 
 
 def test_null_is_as_good_as_absent(resolved: Callable[..., dict[str, Any]]) -> None:
-    nothing = dict.fromkeys(["guidance_scale", "guidance_interval", "steps", "quality", "sampler", "num_images", "model"])
+    fields = set(GenerateRequest.model_fields) - {"class_label", "seed"}
+    nothing = dict.fromkeys(sorted(fields))
     assert resolved(class_label=1, seed=7, **nothing) == resolved(class_label=1, seed=7)
     assert isinstance(resolved(class_label=1, seed=None)["seed"], int)
 
@@ -50,8 +55,11 @@ def test_what_is_given_stays(resolved: Callable[..., dict[str, Any]]) -> None:
         "num_images": 64,
         "guidance_scale": 20,
         "guidance_interval": [0.25, 0.75],
+        "guidance_channels": "first-three",
+        "guidance_rescale": 0.7,
         "steps": 1000,
         "sampler": "euler",
+        "shift": 100,
         "seed": 0,
         "model": "tiny",
     }
@@ -64,9 +72,63 @@ def test_a_resolved_request_can_be_posted_again(resolved: Callable[..., dict[str
         {"class_label": ["cat", None, 3]},
         {"class_label": [1, 1]},
         {"class_label": None, "num_images": 2},
+        {"class_label": 0, "shift": 0.3, "guidance_rescale": 1, "guidance_channels": "first-three"},
     ):
         first = resolved(**request)
         assert resolved(**first) == first
+
+
+SPACINGS = ["paper", "leading", "trailing", "log-snr"]
+DIFFUSION = {
+    "objective": "diffusion",
+    "samplers": ["ddpm", "ddim", "dpm-solver++"],
+    "spacings": SPACINGS,
+    "defaults": {"steps": 4, "guidance_scale": 2.0, "sampler": "ddpm"},
+}
+
+
+@pytest.fixture
+def diffused(resolved: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord]) -> Callable[..., dict[str, Any]]:
+    """`diffused(class_label=…)`: the same by a diffusion model that takes the place of the flow model."""
+    serve(**DIFFUSION)
+    return resolved
+
+
+def test_a_diffusion_model_has_spacing_and_eta_in_place_of_shift(diffused: Callable[..., dict[str, Any]]) -> None:
+    plain = diffused(class_label=0, seed=7)
+    assert (plain["spacing"], plain["eta"]) == ("paper", 0.0) and "shift" not in plain
+    given = {**plain, "sampler": "ddim", "spacing": "log-snr", "eta": 1, "guidance_rescale": 0.25, "guidance_channels": "first-three"}
+    assert diffused(**given) == given
+
+
+def test_a_resolved_request_of_a_diffusion_model_can_be_posted_again(diffused: Callable[..., dict[str, Any]]) -> None:
+    for request in ({}, {"spacing": "trailing"}, {"sampler": "ddim", "eta": 0.3}, {"sampler": "dpm-solver++", "eta": 0, "shift": 1}):
+        first = diffused(class_label=["cat", 2], **request)
+        assert diffused(**first) == first
+
+
+def test_the_models_own_spacing_is_the_default_and_a_quality_may_have_another(
+    resolved: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord]
+) -> None:
+    quality = {"draft": {"steps": 2}, "best": {"steps": 9, "spacing": "trailing", "sampler": "ddim"}}
+    serve(**{**DIFFUSION, "defaults": {**DIFFUSION["defaults"], "spacing": "log-snr"}, "quality": quality})
+    asked = [{}, {"quality": "draft"}, {"quality": "best"}, {"quality": "best", "spacing": "leading"}, {"spacing": "paper"}]
+    assert [resolved(class_label=0, **request)["spacing"] for request in asked] == ["log-snr", "log-snr", "trailing", "leading", "paper"]
+    assert resolved(class_label=0, quality="best", eta=0.5)["eta"] == 0.5, "which its sampler takes"
+
+
+@pytest.mark.parametrize("objective", ["flow", "diffusion"])
+def test_the_record_of_a_worker_from_before_the_spacings_still_serves(
+    client: TestClient, redis: Redis, resolved: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord], objective: str
+) -> None:
+    document = json.loads(serve(**(DIFFUSION if objective == "diffusion" else {})).dump())
+    del document["spacings"]
+    redis.set(protocol.model_key("tiny"), json.dumps(document))
+    assert client.get("/models/tiny").json()["spacings"] == []
+    first = resolved(class_label=0)
+    assert resolved(**first) == first and "spacing" not in first
+    refused = {"flow": {"spacing": "paper"}, "diffusion": {"shift": 3.0}}[objective]
+    assert client.post("/generate", json={"class_label": 0, **refused}).status_code == 422
 
 
 def test_an_absent_seed_is_drawn_and_told(resolved: Callable[..., dict[str, Any]]) -> None:
@@ -103,8 +165,23 @@ def test_the_job_holds_all_that_a_worker_needs(client: TestClient, redis: Redis,
     answer = client.post("/generate", json={"class_label": ["cat", None], "seed": 5})
     job = redis.hgetall(protocol.job_key(answer.json()["id"]))
     assert GenerationRequest.parse(job[b"request"].decode()) == GenerationRequest("tiny", (0, None), 2.0, (0.0, 1.0), 4, "euler", 5)
+    assert client.get(f"/jobs/{answer.json()['id']}").json()["request"] == answer.json()["request"]
     assert (int(job[b"version"]), job[b"checkpoint"].decode(), job[b"status"]) == (protocol.VERSION, record.checkpoint, b"queued")
     assert set(name.decode() for name in job) <= set(protocol.JOB_FIELDS)
+
+
+def test_the_job_holds_every_choice(client: TestClient, redis: Redis, serve: Callable[..., ModelRecord]) -> None:
+    serve(**DIFFUSION)
+    choices = {
+        "spacing": "leading",
+        "eta": 0.5,
+        "guidance_channels": "first-three",
+        "guidance_rescale": 0.7,
+        "guidance_interval": [0.1, 0.9],
+    }
+    answer = client.post("/generate", json={"class_label": 1, "seed": 5, "sampler": "ddim", **choices})
+    request = GenerationRequest.parse(redis.hget(protocol.job_key(answer.json()["id"]), "request").decode())
+    assert request == GenerationRequest("tiny", (1,), 2.0, (0.1, 0.9), 4, "ddim", 5, "leading", 0.5, 1.0, "first-three", 0.7)
 
 
 def test_the_queue_names_no_code(client: TestClient, redis: Redis) -> None:

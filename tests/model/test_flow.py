@@ -33,20 +33,20 @@ def test_the_exact_velocity_has_no_loss(flow: RectifiedFlow) -> None:
     x0, noise = pair()
     t = torch.full((3,), 0.5, requires_grad=True)
     derivative = torch.autograd.functional.jvp(lambda s: flow.q_sample(x0, s, noise), t.detach(), torch.ones(3))[1]
-    losses = flow.losses(derivative, x0, noise)
+    losses = flow.losses(derivative, x0, flow.q_sample(x0, t.detach(), noise), t, noise)
     assert losses["loss"].shape == (3,) and float(losses["loss"].max()) < 1e-12
 
 
 def test_the_loss_is_the_mean_squared_error_of_each_row(flow: RectifiedFlow) -> None:
     x0, noise = pair()
     wrong = noise - x0 + torch.tensor([0.0, 1.0, -3.0]).view(3, 1, 1, 1)
-    torch.testing.assert_close(flow.losses(wrong, x0, noise)["loss"], torch.tensor([0.0, 1.0, 9.0]))
+    t = torch.tensor([0.1, 0.5, 1.0])
+    torch.testing.assert_close(flow.losses(wrong, x0, flow.q_sample(x0, t, noise), t, noise)["loss"], torch.tensor([0.0, 1.0, 9.0]))
 
 
 def test_times_are_logit_normal() -> None:
     flow = RectifiedFlow(ObjectiveConfig("flow", logit_normal_mean=-0.4, logit_normal_std=1.2))
-    z = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    t = flow.time(z).double()
+    t = flow.draw_times(200_000, torch.Generator().manual_seed(0)).double()
     assert float(t.min()) > 0 and float(t.max()) < 1
     logit = torch.log(t / (1 - t))
     assert float(logit.mean()) == pytest.approx(-0.4, abs=0.02) and float(logit.std()) == pytest.approx(1.2, abs=0.02)

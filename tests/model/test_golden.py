@@ -10,7 +10,9 @@ from torch import Tensor
 from model.config import DiTConfig, ObjectiveConfig
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
-from model.sampling import ddim, guide, paper_timesteps, sample_latents
+from model.samplers import build_table
+from model.sampling import guide, sample_latents
+from model.spacing import paper
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NULL = 10
@@ -90,7 +92,7 @@ def test_reverse_step_agrees(dit: DiT, diffusion: GaussianDiffusion, golden: dic
 
 
 def test_twenty_five_timesteps_agree(golden: dict[str, Tensor]) -> None:
-    assert paper_timesteps(1000, 25) == golden["ddim25.timesteps"].tolist()
+    assert paper(ObjectiveConfig("diffusion"), 25) == golden["ddim25.timesteps"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,6 @@ def test_twenty_five_timesteps_agree(golden: dict[str, Tensor]) -> None:
     ids=["unguided", "three-channel guidance"],
 )
 def test_ddim_of_25_steps_agrees(dit: DiT, golden: dict[str, Tensor], key: str, guidance: dict[str, float]) -> None:
-    table = ddim(ObjectiveConfig("diffusion"), 25)
+    table = build_table(ObjectiveConfig("diffusion"), "ddim", 25)
     latents = sample_latents(dit, golden["ddim25.z"], golden["ddim25.y"], NULL, table, seeds=torch.zeros(2, dtype=torch.int64), **guidance)
     assert_agrees(latents, golden[key])

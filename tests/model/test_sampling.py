@@ -1,8 +1,7 @@
-"""Samplers: each table against its formula, exact cases with known answers, and mixed batches."""
+"""The batched update, guidance, and the reference loop around them. The tables themselves: tests/model/test_samplers.py."""
 
-import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +11,14 @@ from model.checkpoint import Checkpoint
 from model.config import ObjectiveConfig
 from model.diffusion import GaussianDiffusion
 from model.noise import normal
-from model.sampling import (
-    SamplerTable,
-    available_samplers,
-    build_table,
-    guide,
-    max_steps,
-    paper_timesteps,
-    sample,
-    sample_latents,
-    to_pixels,
-    update,
-)
+from model.samplers import DIFFUSION as DIFFUSION_SAMPLERS
+from model.samplers import FLOW as FLOW_SAMPLERS
+from model.samplers import build_table
+from model.sampling import guide, sample, sample_latents, to_pixels, update
 
 DIFFUSION, FLOW = ObjectiveConfig("diffusion"), ObjectiveConfig("flow")
-EVERY_SAMPLER = [(DIFFUSION, "ddpm"), (DIFFUSION, "ddim"), (FLOW, "euler")]
-SAMPLER_IDS = ["ddpm", "ddim", "euler"]
+EVERY_SAMPLER = [("diffusion", name) for name in DIFFUSION_SAMPLERS] + [("flow", name) for name in FLOW_SAMPLERS]
+SAMPLER_IDS = [name for _, name in EVERY_SAMPLER]
 SHAPE = (4, 4, 4)
 
 
@@ -37,243 +28,29 @@ def start(rows: int = 4, seed: int = 100) -> tuple[Tensor, Tensor]:
     return seeds, normal(seeds, torch.zeros_like(seeds), SHAPE)
 
 
-def alpha_bar_at(t: Tensor) -> Tensor:
-    return GaussianDiffusion(DIFFUSION).alpha_bar[t.long()].to(torch.float32).view(-1, 1, 1, 1)
+# --- the update --------------------------------------------------------------------------------------------------------
 
 
-def run(objective: ObjectiveConfig, sampler: str, steps: int, network: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int = 4) -> Tensor:
-    seeds, latents = start(rows)
-    table = build_table(objective, sampler, steps)
-    return sample_latents(network, latents, torch.zeros(rows, dtype=torch.int64), 10, table, seeds=seeds)
-
-
-# --- which evaluations -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [2, 3, 7, 25, 250, 999, 1000])
-def test_timesteps_are_distinct_and_reach_both_ends(steps: int) -> None:
-    times = paper_timesteps(1000, steps)
-    assert times[0] == 0 and times[-1] == 999 and len(set(times)) == steps and times == sorted(times)
-    stride = 999 / (steps - 1)
-    assert all(abs(t - i * stride) <= 0.5 + 1e-9 for i, t in enumerate(times))
-
-
-def test_respacing_lists_the_papers_timesteps() -> None:
-    assert paper_timesteps(1000, 1) == [999]
-    assert paper_timesteps(1000, 1000) == list(range(1000))
-    assert paper_timesteps(1000, 5) == [0, 250, 500, 749, 999]  # 499.5 rounds to even, as Python and the official code do
-    assert build_table(DIFFUSION, "ddim", 5).t.tolist() == [999, 749, 500, 250, 0]
-    assert build_table(FLOW, "euler", 4).t.tolist() == [1.0, 0.75, 0.5, 0.25]
-
-
-@pytest.mark.parametrize(("objective", "sampler"), EVERY_SAMPLER, ids=SAMPLER_IDS)
-@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
-def test_a_table_has_one_finite_row_per_evaluation(objective: ObjectiveConfig, sampler: str, steps: int) -> None:
-    table = build_table(objective, sampler, steps)
-    assert table.evaluations == steps and table.a.shape == (steps, 1, 1) and table.b.shape == (steps, 1)
-    for values in (table.t, table.fraction, table.a, table.b, table.d, table.log_variance_low, table.log_variance_high):
-        assert len(values) == steps and values.dtype == torch.float64 and bool(torch.isfinite(values).all())
-    assert float(table.fraction.min()) >= 0 and float(table.fraction.max()) <= 1
-    assert table.fraction.tolist() == sorted(table.fraction.tolist(), reverse=True) and table.fraction[0] == 1
-    assert table.d[-1] == 0  # the last evaluation adds no noise
-
-
-def test_errors_name_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match=r"'euler' does not fit .*diffusion.*ddpm, ddim"):
-        build_table(DIFFUSION, "euler", 10)
-    with pytest.raises(ValueError, match=r"'ddim' does not fit .*flow.*euler"):
-        build_table(FLOW, "ddim", 10)
-    with pytest.raises(ValueError, match=r"'ddpm' does not fit .*: ddim$"):
-        build_table(DIFFUSION, "ddpm", 10, learn_sigma=False)
-    for steps in (0, -1, 1001):
-        with pytest.raises(ValueError, match=f"steps must be between 1 and 1000, got {steps}"):
-            build_table(FLOW, "euler", steps)
-    with pytest.raises(ValueError, match="between 1 and 50, got 51"):
-        build_table(ObjectiveConfig("diffusion", num_timesteps=50), "ddim", 51)
-
-
-def test_ddpm_is_offered_where_the_covariance_is_learned() -> None:
-    assert available_samplers(DIFFUSION, learn_sigma=True) == ["ddpm", "ddim"]
-    assert available_samplers(DIFFUSION, learn_sigma=False) == ["ddim"]
-    assert available_samplers(FLOW, learn_sigma=False) == ["euler"]
-    assert max_steps(ObjectiveConfig("diffusion", num_timesteps=50)) == 50 and max_steps(FLOW) == 1000
-
-
-# --- each step against its formula -------------------------------------------------------------------------------------
-
-
-def apply_row(table: SamplerTable, i: int, x: Tensor, out: Tensor, noise: Tensor) -> Tensor:
-    numbers = (table.a, table.b, table.d, table.log_variance_low, table.log_variance_high)
-    return update(x[:, None], out, *(v[i].to(x.dtype).expand(len(x), *v.shape[1:]) for v in numbers), noise)[:, 0]
-
-
-@pytest.mark.parametrize("t", [999, 998, 500, 2, 1, 0])
-def test_a_ddpm_row_is_the_reference_reverse_step(t: int) -> None:
-    torch.manual_seed(t)
-    x, noise, out = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE), torch.randn(3, 8, 4, 4)
-    mean, log_variance, _ = GaussianDiffusion(DIFFUSION).p_mean_variance(out, x, torch.full((3,), t))
-    expected = mean + (t > 0) * torch.exp(log_variance / 2) * noise
-    table = build_table(DIFFUSION, "ddpm", 1000)
-    assert table.t[999 - t] == t
-    torch.testing.assert_close(apply_row(table, 999 - t, x, out, noise), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_respaced_ddpm_row_is_the_posterior_between_its_own_times() -> None:
-    """x_s from x_t for s < t is Bayes' rule with β = 1 − ᾱ_t/ᾱ_s, whatever lies between."""
-    table = build_table(DIFFUSION, "ddpm", 5)
-    t, s = 749, 500
-    alpha, alpha_s = (float(GaussianDiffusion(DIFFUSION).alpha_bar[i]) for i in (t, s))
-    x0, x = 0.3, -0.8
-    noise = (x - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
-    covariance = math.sqrt(alpha / alpha_s) * (1 - alpha_s)
-    mean = math.sqrt(alpha_s) * x0 + covariance / (1 - alpha) * (x - math.sqrt(alpha) * x0)
-    variance = (1 - alpha_s) - covariance**2 / (1 - alpha)
-    row = table.t.tolist().index(t)
-    assert float(table.a[row, 0, 0]) * x + float(table.b[row, 0]) * noise == pytest.approx(mean, rel=1e-9)
-    assert float(table.log_variance_low[row]) == pytest.approx(math.log(variance), rel=1e-9)
-    assert float(table.log_variance_high[row]) == pytest.approx(math.log(1 - alpha / alpha_s), rel=1e-9)
-
-
-def test_a_ddim_row_is_equation_12() -> None:
-    table, alpha_bar = build_table(DIFFUSION, "ddim", 10), GaussianDiffusion(DIFFUSION).alpha_bar
-    x, out = torch.randn(2, *SHAPE).double(), torch.randn(2, 8, 4, 4).double()
-    for i, (now, following) in enumerate(zip(table.t.long(), [*table.t.long()[1:], None], strict=True)):
-        alpha = alpha_bar[now]
-        alpha_next = alpha_bar[following] if following is not None else torch.tensor(1.0).double()
-        x0 = (x - (1 - alpha).sqrt() * out[:, :4]) / alpha.sqrt()
-        expected = alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * out[:, :4]
-        torch.testing.assert_close(apply_row(table, i, x, out, torch.randn_like(x)), expected)
-
-
-# --- exact answers -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-@pytest.mark.parametrize(("objective", "sampler"), EVERY_SAMPLER, ids=SAMPLER_IDS)
-def test_a_point_mass_is_reached_from_every_start(objective: ObjectiveConfig, sampler: str, steps: int) -> None:
-    point = torch.linspace(-1, 1, 64).view(1, *SHAPE)
-
-    def exact(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
-        if objective.kind == "flow":
-            return (x - point) / t.view(-1, 1, 1, 1)
-        alpha = alpha_bar_at(t)
-        noise = (x - alpha.sqrt() * point) / (1 - alpha).sqrt()
-        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
-
-    latents = run(objective, sampler, steps, exact)
-    torch.testing.assert_close(latents, point.expand_as(latents), rtol=0, atol=2e-4)
-
-
-MEAN, STD = 0.5, 0.6  # of Gaussian data, for which the exact network is linear
-
-
-def exact_gaussian_network(objective: ObjectiveConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def network(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
-        if objective.kind == "flow":
-            t = t.view(-1, 1, 1, 1)
-            centred = (x - (1 - t) * MEAN) / ((1 - t) ** 2 * STD**2 + t**2)
-            return t * centred - MEAN - (1 - t) * STD**2 * centred  # E[ε − x₀ | x_t]
-        alpha = alpha_bar_at(t)
-        return (1 - alpha).sqrt() * (x - alpha.sqrt() * MEAN) / (alpha * STD**2 + 1 - alpha)  # E[ε | x_t]
-
-    return network
-
-
-@pytest.mark.parametrize(("objective", "sampler"), EVERY_SAMPLER[1:], ids=SAMPLER_IDS[1:])
-def test_error_on_gaussian_data_falls_with_the_steps(objective: ObjectiveConfig, sampler: str) -> None:
-    """The probability-flow ODE of Gaussian data keeps quantiles, so every start has a known end."""
-    _, x = start()
-    if objective.kind == "flow":
-        exact = MEAN + STD * x
-    else:
-        alpha = float(GaussianDiffusion(DIFFUSION).alpha_bar[-1])
-        exact = MEAN + STD * (x - math.sqrt(alpha) * MEAN) / math.sqrt(alpha * STD**2 + 1 - alpha)
-    errors = [float((run(objective, sampler, n, exact_gaussian_network(objective)) - exact).abs().max()) for n in (8, 16, 32, 64)]
-    for coarse, fine in itertools.pairwise(errors):
-        assert 1.6 < coarse / fine < 2.6, errors  # first order: half the step, half the error
-
-
-def test_ddpm_samples_gaussian_data_with_its_moments() -> None:
-    network = exact_gaussian_network(DIFFUSION)
-
-    def with_covariance(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([network(x, t, y), torch.zeros_like(x)], dim=1)
-
-    latents = run(DIFFUSION, "ddpm", 200, with_covariance, rows=128)  # 8,192 numbers
-    assert float(latents.mean()) == pytest.approx(MEAN, abs=0.03) and float(latents.std()) == pytest.approx(STD, abs=0.03)
-
-
-def test_ddpm_is_the_reference_loop_with_the_noise_of_each_evaluation() -> None:
-    """Every step by `p_mean_variance`; evaluation 0 is the initial latent, evaluation k + 1 the noise after the k-th network call."""
-    objective, steps = ObjectiveConfig("diffusion", num_timesteps=6), 6
-    diffusion, (seeds, x) = GaussianDiffusion(objective), start()
-
-    def network(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
-        return torch.cat([x.sin(), x.cos()], dim=1) * (1 + t.view(-1, 1, 1, 1) / 10)
-
-    for k, t in enumerate(reversed(range(steps))):
-        time = torch.full((4,), t)
-        mean, log_variance, _ = diffusion.p_mean_variance(network(x, time, time), x, time)
-        x = mean + (t > 0) * torch.exp(log_variance / 2) * normal(seeds, torch.full_like(seeds, k + 1), SHAPE)
-    torch.testing.assert_close(run(objective, "ddpm", steps, network), x, rtol=1e-4, atol=1e-4)
-
-
-# --- guidance ----------------------------------------------------------------------------------------------------------
-
-
-def test_guidance_leaves_the_covariance_to_the_conditional_row() -> None:
-    conditional, unconditional = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
-    guided = guide(conditional, unconditional, 3.0, channels=4)
-    torch.testing.assert_close(guided[:, :4], 3 * conditional[:, :4] - 2 * unconditional[:, :4])
-    assert torch.equal(guided[:, 4:], conditional[:, 4:])
-
-
-def test_guidance_takes_a_scale_per_row() -> None:
-    conditional, unconditional, scale = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([1.0, 2.5, 7.0])
-    together = guide(conditional, unconditional, scale.view(3, 1, 1, 1), channels=4)
-    for i in range(3):
-        assert torch.equal(together[i : i + 1], guide(conditional[i : i + 1], unconditional[i : i + 1], float(scale[i]), 4))
-
-
-def test_guidance_of_one_asks_for_the_conditional_only() -> None:
-    asked: list[Tensor] = []
-
-    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        asked.append(y)
-        return x * y.view(-1, 1, 1, 1)
-
-    seeds, latents = start(2)
-    table = build_table(FLOW, "euler", 2)
-    plain = sample_latents(network, latents, torch.tensor([1, 2]), 10, table, guidance_scale=1.0, seeds=seeds)
-    assert [y.tolist() for y in asked] == [[1, 2]] * 2
-    asked.clear()
-    near = sample_latents(network, latents, torch.tensor([1, 2]), 10, table, guidance_scale=1.0 + 1e-6, seeds=seeds)
-    assert [y.tolist() for y in asked] == [[1, 2, 10, 10]] * 2
-    torch.testing.assert_close(near, plain, rtol=1e-4, atol=1e-4)
-
-
-# --- mixed batches -----------------------------------------------------------------------------------------------------
-
-
-def mixed_rows(objective: ObjectiveConfig, out_channels: int) -> list[tuple[Tensor, ...]]:
+def mixed_rows(kind: str, out_channels: int) -> list[tuple[Tensor, ...]]:
     """Arguments of `update` for rows of every sampler of the objective, at different steps of different counts."""
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for name in (n for o, n in EVERY_SAMPLER if o == objective):
+    for name in (name for of, name in EVERY_SAMPLER if of == kind):
         for steps, i in ((1, 0), (7, 0), (7, 6), (50, 13), (250, 249)):
-            table = build_table(objective, name, steps)
+            table = build_table(ObjectiveConfig(kind), name, steps).padded(2)
             numbers = (table.a, table.b, table.d, table.log_variance_low, table.log_variance_high)
-            state, out, noise = (torch.randn(s, generator=generator) for s in ((1, 1, *SHAPE), (1, out_channels, 4, 4), (1, *SHAPE)))
+            state, out, noise = (torch.randn(s, generator=generator) for s in ((1, 2, *SHAPE), (1, out_channels, 4, 4), (1, *SHAPE)))
             rows.append((state, out, *(v[i : i + 1].float() for v in numbers), noise))
     return rows
 
 
-@pytest.mark.parametrize(("objective", "out_channels"), [(DIFFUSION, 8), (FLOW, 4)], ids=["diffusion", "flow"])
-def test_rows_of_different_tables_step_together_as_each_alone(objective: ObjectiveConfig, out_channels: int) -> None:
-    rows = mixed_rows(objective, out_channels)
-    together = update(*(torch.cat(column) for column in zip(*rows, strict=True)))
-    for i, row in enumerate(rows):
-        assert torch.equal(update(*row)[0], together[i])
+@pytest.mark.parametrize(("kind", "out_channels"), [("diffusion", 8), ("diffusion", 4), ("flow", 4)])
+def test_rows_of_different_tables_step_together_as_each_alone(kind: str, out_channels: int) -> None:
+    rows = mixed_rows(kind, out_channels)
+    for count in range(1, len(rows) + 1):
+        together = update(*(torch.cat(column) for column in zip(*rows[-count:], strict=True)))
+        for i, row in enumerate(rows[-count:]):
+            assert torch.equal(update(*row)[0], together[i])
 
 
 def test_a_sampler_may_remember_several_latents() -> None:
@@ -286,7 +63,238 @@ def test_a_sampler_may_remember_several_latents() -> None:
     torch.testing.assert_close(new, expected)
 
 
-# --- the reference loop ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("out_channels", [4, 8])
+def test_noise_enters_x_and_not_what_a_solver_remembers(out_channels: int) -> None:
+    state, out, noise = torch.randn(2, 2, *SHAPE), torch.randn(2, out_channels, 4, 4), torch.randn(2, *SHAPE)
+    a, b, d, zero = torch.randn(2, 2, 2), torch.randn(2, 2), torch.tensor([0.5, 2.0]), torch.zeros(2)
+    kept = state.clone()
+    quiet, noisy = (update(state, out, a, b, of, zero, zero, noise) for of in (zero, d))
+    assert torch.equal(state, kept), "what came in stays as it was"
+    assert torch.equal(noisy[:, 1], quiet[:, 1])
+    torch.testing.assert_close(noisy[:, 0], quiet[:, 0] + d.view(2, 1, 1, 1) * noise)
+
+
+def test_the_covariance_interpolates_the_logarithms_of_the_variances() -> None:
+    """v = −1 takes the low end, v = 1 the high one, and other values go on along the line, as trained."""
+    zero, one = torch.zeros(5, 1, 1), torch.ones(5)
+    v = torch.tensor([-1.0, 0.0, 1.0, 0.5, 1.5])
+    out = torch.cat([torch.zeros(5, 1, 1, 1), v.view(-1, 1, 1, 1)], dim=1)
+    new = update(torch.zeros(5, 1, 1, 1, 1), out, zero, zero[..., 0], one, one * -4.0, one * 2.0, torch.ones(5, 1, 1, 1))
+    torch.testing.assert_close(2 * new.flatten().log(), torch.tensor([-4.0, -1.0, 2.0, 0.5, 3.5]))
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def test_ddpm_is_the_reference_loop_with_the_noise_of_each_evaluation() -> None:
+    """Every step by `p_mean_variance`; evaluation 0 is the initial latent, evaluation k + 1 the noise after the k-th network call."""
+    objective, steps = ObjectiveConfig("diffusion", num_timesteps=6), 6
+    diffusion, (seeds, x) = GaussianDiffusion(objective), start()
+
+    def network(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
+        return torch.cat([x.sin(), x.cos()], dim=1) * (1 + t.view(-1, 1, 1, 1) / 10)
+
+    latents = sample_latents(network, x, torch.zeros(4, dtype=torch.int64), 10, build_table(objective, "ddpm", steps), seeds=seeds)
+    for k, t in enumerate(reversed(range(steps))):
+        time = torch.full((4,), t)
+        mean, log_variance, _ = diffusion.p_mean_variance(network(x, time, time), x, time)
+        x = mean + (t > 0) * torch.exp(log_variance / 2) * normal(seeds, torch.full_like(seeds, k + 1), SHAPE)
+    torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-4)
+
+
+MEAN, STD = 0.5, 0.6  # of Gaussian data, for which the exact network is linear
+
+
+@pytest.mark.parametrize("sampler", DIFFUSION_SAMPLERS)
+def test_samples_of_gaussian_data_have_its_moments(sampler: str) -> None:
+    """Drawn with noise, in float32; tests/model/test_samplers.py has the moments without."""
+    alpha_bar = GaussianDiffusion(DIFFUSION).alpha_bar.float()
+
+    def network(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
+        alpha = alpha_bar[t.long()].view(-1, 1, 1, 1)
+        noise = (1 - alpha).sqrt() * (x - alpha.sqrt() * MEAN) / (alpha * STD**2 + 1 - alpha)  # E[ε | x_t]
+        return torch.cat([noise, torch.zeros_like(noise)], dim=1) if sampler == "ddpm" else noise
+
+    seeds, x = start(128)  # 8,192 numbers
+    latents = sample_latents(network, x, torch.zeros_like(seeds), 10, build_table(DIFFUSION, sampler, 250), seeds=seeds)
+    assert float(latents.mean()) == pytest.approx(MEAN, abs=0.03) and float(latents.std()) == pytest.approx(STD, abs=0.03)
+
+
+# --- guidance ----------------------------------------------------------------------------------------------------------
+
+
+def rows(count: int, channels: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional outputs (B, channels, 3, 5), of different spread."""
+    generator = torch.Generator().manual_seed(seed)
+    conditional = torch.randn(count, channels, 3, 5, generator=generator)
+    return conditional, 2 * torch.randn(count, channels, 3, 5, generator=generator) + 0.3
+
+
+@pytest.mark.parametrize("rescale", [None, 0.0, 0.7])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_guidance_moves_its_channels_and_leaves_the_others_and_the_covariance_to_the_conditional_row(
+    channels: int, rescale: float | None
+) -> None:
+    conditional, unconditional = rows(2)
+    guided = guide(conditional, unconditional, 3.0, channels, rescale)
+    assert torch.equal(guided[:, channels:], conditional[:, channels:])
+    if not rescale:
+        torch.testing.assert_close(guided[:, :channels], (3 * conditional - 2 * unconditional)[:, :channels])
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_rescaled_guidance_is_its_formula(channels: int, rescale: float) -> None:
+    """Lin et al. 2024, §3.4, over the guided channels: φ·guided·σ_cond/σ_guided + (1−φ)·guided."""
+    conditional, unconditional = rows(3)
+    c, u = (x[:, :channels].double() for x in (conditional, unconditional))
+    plain = u + 2.5 * (c - u)
+    ratio = c.flatten(1).std(1, correction=0) / plain.flatten(1).std(1, correction=0)
+    expected = rescale * plain * ratio.view(-1, 1, 1, 1) + (1 - rescale) * plain
+    torch.testing.assert_close(
+        guide(conditional, unconditional, 2.5, channels, rescale)[:, :channels].double(), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_fully_rescaled_guidance_has_the_spread_of_the_conditional_row() -> None:
+    conditional, unconditional = rows(4)
+    plain, rescaled = (guide(conditional, unconditional, 6.0, 4, rescale)[:, :4].flatten(1) for rescale in (None, 1.0))
+    torch.testing.assert_close(rescaled.std(1), conditional[:, :4].flatten(1).std(1))
+    assert bool((plain.std(1) > 2 * rescaled.std(1)).all())
+
+
+def test_a_rescale_of_nothing_changes_no_bit() -> None:
+    conditional, unconditional = rows(3)
+    plain = guide(conditional, unconditional, 2.5, 4)
+    assert torch.equal(guide(conditional, unconditional, 2.5, 4, 0.0), plain)
+    assert torch.equal(guide(conditional, unconditional, 2.5, 4, torch.tensor([0.0, 0.5, 0.0]).view(3, 1, 1, 1))[::2], plain[::2])
+
+
+def test_a_row_without_spread_stays_finite_when_it_is_rescaled() -> None:
+    flat = torch.ones(2, 8, 3, 5)
+    assert bool(guide(flat, flat, 5.0, 4, 1.0).isfinite().all())
+
+
+def test_a_huge_output_is_not_spoilt_by_a_neighbours_rescale() -> None:
+    """Its squares overflow, and what it gives alone is all the same finite."""
+    conditional, unconditional = rows(2)
+    conditional[0] *= 1e30
+    rescale = torch.tensor([0.0, 0.5]).view(2, 1, 1, 1)
+    assert torch.equal(guide(conditional, unconditional, 2.0, 4, rescale)[0], guide(conditional, unconditional, 2.0, 4)[0])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Among which a kernel may share out one long row, but not many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", [(4, 3, 5), (8, 8, 8), (8, 96, 96)], ids=str)
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.usefixtures("two_threads")
+def test_numbers_per_row_guide_each_row_as_alone_bit_for_bit_in_any_number_of_rows(size: tuple[int, int, int], rescaled: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    most = 9
+    conditional, unconditional = (torch.randn(most, *size, generator=generator) for _ in range(2))
+    scale, rescale = (torch.rand(most, generator=generator).view(-1, 1, 1, 1) for _ in range(2))
+    scale, channels = 1 + 9 * scale, torch.tensor([3, 4]).repeat(5)[:most].view(-1, 1, 1, 1)
+    alone = [
+        guide(conditional[[i]], unconditional[[i]], float(scale[i]), int(channels[i]), float(rescale[i]) if rescaled else None)
+        for i in range(most)
+    ]
+    for count in range(1, most + 1):
+        columns = (conditional, unconditional, scale, channels, *([rescale] if rescaled else []))
+        together = guide(*(column[:count] for column in columns))
+        assert torch.equal(together, torch.cat(alone[:count])), f"{count} rows"
+
+
+class Watched:
+    """A network that notes the classes of each call."""
+
+    def __init__(self, out_channels: int = 4) -> None:
+        self.out_channels = out_channels
+        self.classes: list[list[int]] = []
+        self.times: list[float] = []
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.classes.append(y.tolist())
+        self.times.append(float(t[0]))
+        out = torch.sin(x * (1 + y.view(-1, 1, 1, 1) / 7))
+        return torch.cat([out, torch.cos(x + y.view(-1, 1, 1, 1))], dim=1)[:, : self.out_channels]
+
+
+def sampled(network: Watched, objective: ObjectiveConfig, sampler: str, steps: int, **guidance: Any) -> Tensor:
+    seeds, latents = start(2)
+    return sample_latents(network, latents, torch.tensor([1, 2]), 10, build_table(objective, sampler, steps), seeds=seeds, **guidance)
+
+
+def test_guidance_of_one_asks_for_the_conditional_only() -> None:
+    one, near = Watched(), Watched()
+    plain, close = (sampled(n, FLOW, "euler", 2, guidance_scale=scale) for n, scale in ((one, 1.0), (near, 1.0 + 1e-6)))
+    assert one.classes == [[1, 2]] * 2 and near.classes == [[1, 2, 10, 10]] * 2
+    torch.testing.assert_close(close, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "interval", "rows"),
+    [
+        (FLOW, "euler", (0.25, 0.5), [2, 2, 4, 4]),  # times 1, 3/4, 1/2, 1/4: both ends are in
+        (FLOW, "euler", (0.26, 0.49), [2, 2, 2, 2]),
+        (FLOW, "euler", (1.0, 1.0), [4, 2, 2, 2]),
+        (FLOW, "heun", (0.5, 0.75), [2, 4, 4, 4, 4, 2, 2]),  # 1, 3/4, 3/4, 1/2, 1/2, 1/4, 1/4: each evaluation by its own time
+        (DIFFUSION, "ddim", (0.0, 0.0), [2, 2, 2, 4]),  # t/(T−1) is 1, 2/3, 1/3, 0
+        (DIFFUSION, "ddim", (1.0, 1.0), [4, 2, 2, 2]),
+        (DIFFUSION, "ddim", (0.3, 0.7), [2, 4, 4, 2]),
+        (DIFFUSION, "ddim", (0.0, 1.0), [4, 4, 4, 4]),
+    ],
+)
+def test_a_second_row_is_computed_only_inside_the_interval_ends_included(
+    objective: ObjectiveConfig, sampler: str, interval: tuple[float, float], rows: list[int]
+) -> None:
+    network = Watched()
+    sampled(network, objective, sampler, 4, guidance_scale=3.0, guidance_interval=interval)
+    assert [len(classes) for classes in network.classes] == rows
+
+
+def test_outside_its_interval_guidance_does_nothing_and_inside_it_does() -> None:
+    plain, outside, some, all_of_it = (
+        sampled(Watched(), FLOW, "euler", 4, guidance_scale=scale, guidance_interval=interval)
+        for scale, interval in ((1.0, (0.0, 1.0)), (4.0, (0.0, 0.2)), (4.0, (0.5, 1.0)), (4.0, (0.0, 1.0)))
+    )
+    assert torch.equal(plain, outside)
+    assert not torch.equal(some, plain) and not torch.equal(some, all_of_it)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_the_noise_of_a_guided_step_is_of_the_conditional_rows_covariance(channels: int | None, rescale: float) -> None:
+    """A first step by hand from the two outputs, of which the conditional one alone gives the variance."""
+    seeds, x = start(2)
+    table = build_table(DIFFUSION, "ddpm", 2)
+    network = Watched(out_channels=8)
+    ends: list[Tensor] = []
+
+    def recording(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        ends.append(x[:2])
+        return network(x, t, y)
+
+    settings = {"guidance_scale": 4.0, "guidance_channels": channels, "guidance_rescale": rescale}
+    sample_latents(recording, x, torch.tensor([1, 2]), 10, table, seeds=seeds, **settings)
+    t = torch.full((2,), 999)
+    conditional, unconditional = network(x, t, torch.tensor([1, 2])), network(x, t, torch.tensor([10, 10]))
+    mean = guide(conditional, unconditional, 4.0, channels or 4, rescale or None)[:, :4]
+    numbers = (float(v[0]) for v in (table.a.flatten(), table.b.flatten(), table.log_variance_low, table.log_variance_high))
+    a, b, low, high = numbers
+    fraction = (conditional[:, 4:] + 1) / 2
+    deviation = torch.exp((fraction * high + (1 - fraction) * low) / 2)
+    expected = a * x + b * mean + deviation * normal(seeds, torch.ones_like(seeds), SHAPE)
+    torch.testing.assert_close(ends[1], expected, rtol=1e-4, atol=1e-4)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------------
 
 
 def test_each_picture_depends_on_its_seed_and_class_alone(build_checkpoint: Callable[..., Checkpoint]) -> None:
@@ -301,7 +309,7 @@ def test_each_picture_depends_on_its_seed_and_class_alone(build_checkpoint: Call
     assert len({p.numpy().tobytes() for p in others}) == 6
 
 
-@pytest.mark.parametrize(("objective", "sampler"), [("diffusion", "ddpm"), ("diffusion", "ddim"), ("flow", "euler")], ids=SAMPLER_IDS)
+@pytest.mark.parametrize(("objective", "sampler"), EVERY_SAMPLER, ids=SAMPLER_IDS)
 def test_pictures_are_bytes_of_the_models_size(build_checkpoint: Callable[..., Checkpoint], objective: str, sampler: str) -> None:
     pictures = sample(build_checkpoint(objective), [0, None], steps=2, guidance_scale=1.5, sampler=sampler, seeds=[1, 2])
     assert pictures.shape == (2, 16, 16, 1) and pictures.dtype == torch.uint8 and float(pictures.float().std()) > 5

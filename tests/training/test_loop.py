@@ -27,7 +27,8 @@ class Run:
     """A regression whose every number comes from the step; it remembers its losses and does what it is told at a step."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
-        self.folder, self.config = folder, config(**changes)
+        self.folder, self.made_of = folder, {"block": changes.pop("block", "adaln")}
+        self.config = config(**changes)
         self.losses: dict[int, float] = {}
         self.at: dict[int, Callable[[], None]] = {}
 
@@ -43,7 +44,8 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
         preview = lambda _: Image.new("L", (4, 4))  # noqa: E731
-        averaged, seconds = fit(self.model, self.loss_at, self.config, self.folder, preview=preview, resume=resume, title="test")
+        how: dict[str, Any] = {"preview": preview, "resume": resume, "title": "test", "made_of": self.made_of}
+        averaged, seconds = fit(self.model, self.loss_at, self.config, self.folder, **how)
         assert seconds > 0
         return averaged.state_dict()
 
@@ -224,6 +226,8 @@ def test_a_run_is_not_resumed_under_another_schedule(tmp_path: Path) -> None:
         run.go()
     with pytest.raises(ValueError, match=r"learning_rate.*0\.05.*0\.01"):
         Run(tmp_path, learning_rate=0.01).go(resume=True)
+    with pytest.raises(ValueError, match=r"started with block = adaln, the recipe now says in-context"):
+        Run(tmp_path, block="in-context").go(resume=True)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from model import checkpoint as checkpoints
-from model.config import ObjectiveConfig, VAEConfig
+from model.config import BLOCKS, DiTConfig, ObjectiveConfig, VAEConfig
+from model.dit import DiT
+from model.flow import RectifiedFlow
 from model.sampling import sample
 from model.vae import VAE
 from training import train_dit as stage_two
@@ -19,7 +21,7 @@ from training.config import Recipe
 from training.data import Split
 from training.latents import CACHE, cached_latents
 from training.loop import Interrupted
-from training.train_dit import dit_losses, train_dit
+from training.train_dit import build_process, dit_losses, train_dit
 from training.train_vae import train_vae
 
 RecipeMaker = Callable[..., Recipe]
@@ -55,14 +57,29 @@ def test_latents_are_encoded_once_and_again_only_for_another_vae_or_other_images
     assert not torch.equal(first.mean, changed.mean)
 
 
-@pytest.mark.parametrize("objective", ["flow", "diffusion"])
+@pytest.mark.parametrize(
+    ("objective", "changes", "said"),
+    [
+        ("flow", {}, "with adaLN-Zero blocks on"),
+        ("diffusion", {}, "trained as Gaussian diffusion with the paper's loss."),
+        ("diffusion", {"prediction": "v", "block": "in-context", "rope": True, "swiglu": True}, "in-context blocks (SwiGLU, 2-D RoPE) on"),
+        ("diffusion", {"learn_sigma": False, "min_snr_gamma": 5.0, "block": "adaln", "rms_norm": True}, "adaLN blocks (RMSNorm) on"),
+        ("flow", {"flow_time": "uniform", "block": "cross-attention", "qk_norm": True}, "trained as rectified flow with uniform times."),
+    ],
+    ids=["flow", "hybrid", "v in-context", "min-SNR adaLN", "uniform cross-attention"],
+)
 def test_a_run_ends_in_a_checkpoint_that_loads_and_samples(
-    tiny_recipe: RecipeMaker, idx_folder: Path, trained_vae: Path, tmp_path: Path, objective: str
+    tiny_recipe: RecipeMaker, idx_folder: Path, trained_vae: Path, tmp_path: Path, objective: str, changes: dict[str, Any], said: str
 ) -> None:
     recipe = tiny_recipe(objective)
+    recipe = replace(recipe, dit=replace(recipe.dit, **changes))
     sampler = recipe.defaults.sampler
     folder = train_dit(recipe, idx_folder, trained_vae, tmp_path / "dit")
     loaded = checkpoints.load(folder)
+    assert loaded.config.objective == recipe.dit.objective_config()
+    stored = asdict(loaded.config.architecture) | asdict(loaded.config.objective)
+    assert {name: stored[name] for name in changes} == changes
+    assert said in (folder / "README.md").read_text()
     assert loaded.config.provenance["dit"]["steps"] == recipe.dit.optimiser.steps
     assert loaded.config.provenance["vae"]["steps"] == recipe.vae.optimiser.steps
     images = sample(loaded, [0, None], steps=3, guidance_scale=2.0, sampler=sampler, seeds=[1, 2])
@@ -92,23 +109,55 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     assert resumed.hash == straight.hash  # the same weights to the last bit
 
 
-def test_a_network_that_knows_the_velocity_has_no_loss() -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [ObjectiveConfig("flow"), ObjectiveConfig("flow", flow_time="uniform"), ObjectiveConfig("diffusion", prediction="v")],
+    ids=["logit-normal", "uniform", "v"],
+)
+def test_a_network_that_knows_the_clean_latents_has_no_loss(objective: ObjectiveConfig) -> None:
     x0 = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    process = build_process(objective, torch.device("cpu"))
 
     def exact(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (x - x0) / t.view(-1, 1, 1, 1)  # x_t = (1−t)·x₀ + t·ε, so ε − x₀ = (x_t − x₀)/t
+        if isinstance(process, RectifiedFlow):
+            return (x - x0) / t.view(-1, 1, 1, 1)  # x_t = (1−t)·x₀ + t·ε, so ε − x₀ = (x_t − x₀)/t
+        alpha, sigma = (values[t].float().view(-1, 1, 1, 1) for values in (process.alpha, process.sigma))
+        return (alpha * x - x0) / sigma  # √ᾱ·x_t − √(1−ᾱ)·v = x₀
 
-    losses = dit_losses(exact, ObjectiveConfig("flow"), x0, torch.zeros(8, dtype=torch.int64), torch.Generator().manual_seed(1))
+    losses = dit_losses(exact, process, x0, torch.zeros(8, dtype=torch.int64), torch.Generator().manual_seed(1))
     assert losses["loss"] < 1e-9
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("parts", [(), ("qk_norm", "swiglu", "rope"), ("qk_norm", "rms_norm")], ids=["paper", "q-swiglu-rope", "q-rms"])
+def test_training_in_bf16_reaches_every_parameter(tiny_dit_config: Callable[..., DiTConfig], block: str, parts: tuple[str, ...]) -> None:
+    """Gates and the last linear start at zero and hold back what lies before them for a step or two."""
+    torch.manual_seed(0)
+    dit = DiT(tiny_dit_config("diffusion", block=block, **dict.fromkeys(parts, True)))
+    process = build_process(ObjectiveConfig("diffusion", prediction="v"), torch.device("cpu"))
+    x0, y = torch.randn(8, 4, 8, 8), torch.arange(8) % (dit.config.num_classes + 1)
+    optimiser = torch.optim.AdamW(dit.parameters(), lr=1e-3, weight_decay=0.0)
+    before = {name: value.detach().clone() for name, value in dit.named_parameters()}
+    for step in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = dit_losses(dit, process, x0, y, torch.Generator().manual_seed(step))["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        assert loss.isfinite()
+    still = [name for name, value in dit.named_parameters() if torch.equal(value, before[name])]
+    still = [name for name in still if not name.endswith("k_norm.bias")]  # a softmax does not see what every key has in common
+    assert not still and any("q_norm" in name for name in before) == ("qk_norm" in parts)
 
 
 def test_a_recipe_that_cannot_work_is_refused_before_the_first_step(
     tiny_recipe: RecipeMaker, idx_folder: Path, trained_vae: Path, tmp_path: Path
 ) -> None:
-    recipe = tiny_recipe()
+    recipe, plain = tiny_recipe(), tiny_recipe("diffusion")
+    plain = replace(plain, defaults=replace(plain.defaults, sampler="ddpm"))  # which needs the covariance
     for wrong, message in (
-        (replace(recipe, dit=replace(recipe.dit, learn_sigma=not recipe.dit.learn_sigma)), "learn_sigma"),
         (replace(recipe, defaults=replace(recipe.defaults, sampler="dpm")), "dpm"),
+        (replace(plain, dit=replace(plain.dit, learn_sigma=False)), "'ddpm' does not fit"),
         (replace(recipe, defaults=replace(recipe.defaults, dtype="int8")), "int8"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -45,6 +45,16 @@ def test_the_request_is_inside(request_of_three: GenerationRequest, index: int, 
     assert document == {"version": 1, "checkpoint": HASH, "index": index, "seed": 40 + index, "class_label": label}
 
 
+def test_how_the_picture_was_made_is_inside(make_request: Callable[..., GenerationRequest]) -> None:
+    choices = {"spacing": "log-snr", "eta": 0.25, "shift": 3.0, "guidance_channels": "first-three", "guidance_rescale": 0.7}
+    data, _ = encode_png(pixels(1), make_request(**choices), 0, HASH)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        inside = json.loads(image.text[KEYWORD])["request"]
+    assert choices.items() <= inside.items()
+    assert {"spacing": None, "eta": 0.0, "shift": 1.0}.items() <= json.loads(describe(make_request(), 0, HASH))["request"].items()
+
+
 def test_nothing_else_is_inside(request_of_three: GenerationRequest) -> None:
     """No time, no id, no software: a PNG of these chunks holds what is drawn and the request."""
     data, _ = encode_png(pixels(3), request_of_three, 0, HASH)

@@ -6,16 +6,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app import schemas
+from model import samplers
+from model.spacing import SPACINGS
 from worker import protocol
 from worker.protocol import LARGEST_SEED, GenerationRequest, ModelRecord
+from worker.runner import Runner
+from worker.serve import describe
 
 SOUND = GenerationRequest("tiny", (0, None), 2.0, (0.0, 1.0), 25, "euler", 7)
+OF_VERSION_2 = {"spacing": None, "eta": 0.0, "shift": 1.0, "guidance_channels": "all", "guidance_rescale": 0.0}
 QUIET = settings(database=None, deadline=None, derandomize=True)
 NUMBERS = st.floats(1, 20), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda ends: (min(ends), max(ends)))
 REQUESTS = st.builds(
@@ -27,6 +33,11 @@ REQUESTS = st.builds(
     steps=st.integers(1, 1000),
     sampler=st.text(max_size=20),
     seed=st.integers(0, LARGEST_SEED - 63),
+    spacing=st.none() | st.text(max_size=20),
+    eta=st.floats(0, 1) | st.sampled_from([0, 1]),
+    shift=st.floats(0, protocol.MAX_SHIFT, exclude_min=True),
+    guidance_channels=st.sampled_from([protocol.ALL_CHANNELS, protocol.FIRST_THREE_CHANNELS]),
+    guidance_rescale=st.floats(0, 1),
 )
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -60,7 +71,9 @@ def test_a_sound_request_with_one_field_of_junk_is_refused_or_sound(name: str, j
     except ValueError as error:
         assert str(error).startswith("not a generation request: ")
         return
-    assert isinstance(request.model, str) and isinstance(request.sampler, str)
+    assert isinstance(request.model, str) and isinstance(request.sampler, str) and isinstance(request.spacing, str | None)
+    assert request.guidance_channels in ("all", "first-three")
+    assert 0 <= request.eta <= 1 and 0 < request.shift <= 100 and 0 <= request.guidance_rescale <= 1
     assert all(type(y) in (int, type(None)) for y in request.class_labels)
     assert type(request.steps) is int and type(request.seed) is int
     assert math.isfinite(request.guidance_scale) and all(math.isfinite(end) for end in request.guidance_interval)
@@ -96,6 +109,31 @@ def test_a_sound_request_with_one_field_of_junk_is_refused_or_sound(name: str, j
         ("seed", 1.0),
         ("model", 3),
         ("sampler", None),
+        ("spacing", 1),
+        ("spacing", ["paper"]),
+        ("eta", -0.1),
+        ("eta", 1.1),
+        ("eta", math.nan),
+        ("eta", None),
+        ("eta", "0"),
+        ("eta", True),
+        ("shift", 0),
+        ("shift", -3.0),
+        ("shift", 100.1),
+        ("shift", math.inf),
+        ("shift", math.nan),
+        ("shift", "1"),
+        ("shift", None),
+        ("guidance_channels", "first-two"),
+        ("guidance_channels", 3),
+        ("guidance_channels", None),
+        ("guidance_channels", ["all"]),
+        ("guidance_channels", {}),
+        ("guidance_rescale", -0.1),
+        ("guidance_rescale", 1.1),
+        ("guidance_rescale", math.nan),
+        ("guidance_rescale", "0.5"),
+        ("guidance_rescale", False),
     ],
 )
 def test_a_field_out_of_its_range_is_named(name: str, value: Any) -> None:
@@ -114,11 +152,25 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 def test_an_unknown_or_a_missing_field_is_refused() -> None:
     with pytest.raises(ValueError, match="os_command"):
         GenerationRequest.parse(json.dumps(sound(os_command="true")))
-    for name in asdict(SOUND):
+    for name in set(asdict(SOUND)) - set(OF_VERSION_2):
         document = sound()
         del document[name]
         with pytest.raises(ValueError, match=name):
             GenerationRequest.parse(json.dumps(document))
+
+
+def test_a_payload_of_version_1_is_as_it_was() -> None:
+    text = '{"class_labels": [0, null], "guidance_interval": [0.0, 1.0], "guidance_scale": 2.0, "model": "tiny", "sampler": "euler", '
+    request = GenerationRequest.parse(text + '"seed": 7, "steps": 25}')
+    assert request == SOUND and OF_VERSION_2.items() <= asdict(request).items()
+
+
+def test_the_limits_are_those_of_the_model_and_of_the_api() -> None:
+    """Three modules that may not import one another each say them."""
+    assert protocol.MAX_SHIFT == samplers.MAX_SHIFT == schemas.MAX_SHIFT
+    assert samplers.MAX_STEPS == 1000 and protocol.LARGEST_SEED == schemas.MAX_SEED
+    channels = get_args(get_args(schemas.GenerateRequest.model_fields["guidance_channels"].annotation)[0])
+    assert channels == (protocol.ALL_CHANNELS, protocol.FIRST_THREE_CHANNELS)
 
 
 def test_a_dump_is_the_same_text_for_the_same_request() -> None:
@@ -130,6 +182,29 @@ def test_a_record_survives_its_way_through_redis(record: ModelRecord) -> None:
     full = replace(record, quality={"draft": {"steps": 4}}, metrics={"consistency": 0.9})
     assert ModelRecord.parse(full.dump()) == full
     assert ModelRecord.parse(full.dump().encode()) == full
+
+
+def test_the_record_of_a_worker_from_before_the_spacings_is_read(record: ModelRecord) -> None:
+    document = asdict(record)
+    del document["spacings"]
+    assert ModelRecord.parse(json.dumps(document)) == replace(record, spacings=[])
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "spacings", "default"),
+    [
+        ("flow", ["euler", "heun", "ab2"], [], None),
+        ("diffusion", ["ddpm", "ddpm-small", "ddpm-large", "ddim", "dpm-solver++", "sde-dpm-solver++"], SPACINGS, None),
+        ("diffusion", ["ddpm", "ddpm-small", "ddpm-large", "ddim", "dpm-solver++", "sde-dpm-solver++"], SPACINGS, "log-snr"),
+    ],
+)
+def test_a_worker_tells_the_samplers_and_spacings_of_its_model(
+    make_runner: Callable[..., Runner], objective: str, names: list[str], spacings: list[str], default: str | None
+) -> None:
+    runner = make_runner(objective)
+    runner.checkpoint.config = replace(runner.checkpoint.config, default_spacing=default)
+    record = describe("tiny", runner.checkpoint, runner)
+    assert (record.samplers, record.spacings, record.defaults.get("spacing")) == (names, list(spacings), default)
 
 
 def test_keys_are_apart_for_every_job_execution_and_image() -> None:

@@ -230,7 +230,8 @@ def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, m
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", "2", "payload version b'2' is not understood by this worker .version 1."),
+        ("version", "3", "payload version b'3' is not understood by this worker .version 2."),
+        ("version", "0", "payload version b'0'"),
         ("version", "one", "payload version"),
         ("version", None, "payload version None"),
         ("checkpoint", "f" * 64, "pinned to checkpoint ffffffffffff, but cccccccccccc is served now"),

@@ -274,7 +274,7 @@ def test_a_job_that_someone_else_put_into_the_queue_fails_without_a_record(redis
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", "99", "payload version b'99' is not understood by this worker (version 1)"),
+        ("version", "99", "payload version b'99' is not understood by this worker (version 2)"),
         ("checkpoint", "f" * 64, "the job is pinned to checkpoint ffffffffffff, but abababababab is served now; submit it again"),
         ("request", "no JSON", "not a generation request: "),
     ],
@@ -689,7 +689,8 @@ def test_sigterm_gives_the_job_back_and_ends_the_process(
             assert time.monotonic() < deadline and process.poll() is None, errors.read_text()
             time.sleep(0.05)
         served = ModelRecord.parse(redis.get("dit:model:tiny"))
-        assert (served.checkpoint, served.samplers, served.dtype, served.max_rows) == (identity, ["euler"], "float32", 8)
+        assert (served.checkpoint, served.dtype, served.max_rows) == (identity, "float32", 8)
+        assert (served.samplers, served.spacings) == (["euler", "heun", "ab2"], [])
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0 and "Traceback" not in errors.read_text(), errors.read_text()
     finally:

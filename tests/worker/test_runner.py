@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
+from model.config import ObjectiveConfig
+from model.samplers import DIFFUSION, FLOW, MAX_STATES, build_table
 from model.sampling import sample
-from worker.protocol import LARGEST_SEED, GenerationRequest
-from worker.runner import Runner, alike_buckets, can_compile, row_buckets, steady_threads
+from model.spacing import SPACINGS
+from worker.protocol import ALL_CHANNELS, FIRST_THREE_CHANNELS, LARGEST_SEED, GenerationRequest
+from worker.runner import Runner, alike_buckets, can_compile, make_plan, row_buckets, steady_threads
 from worker.scheduler import Job, Picture, Scheduler
 
 Pictures = dict[tuple[str, int], tuple[Tensor, np.ndarray | None]]  # (job, index) → latents, pixels
-SAMPLERS = {"flow": ["euler"], "diffusion": ["ddpm", "ddim"]}
+SAMPLERS = {"flow": list(FLOW), "diffusion": list(DIFFUSION)}
+EVERY_SAMPLER = [(objective, sampler) for objective, names in SAMPLERS.items() for sampler in names]
 LABELS = [0, 1, 2, 3, None]
 
 
@@ -75,15 +79,39 @@ def alone(request: GenerationRequest, index: int) -> GenerationRequest:
 
 
 def random_request(rng: random.Random, objective: str) -> GenerationRequest:
+    sampler = rng.choice(SAMPLERS[objective])
     return GenerationRequest(
         model="tiny",
         class_labels=tuple(rng.choices(LABELS, k=rng.choice([1, 1, 2, 3, 5]))),
         guidance_scale=rng.choice([1.0, 1.0, 1.3, 2.0, 7.5]),
         guidance_interval=rng.choice([(0.0, 1.0), (0.0, 1.0), (0.2, 0.7), (0.0, 0.0)]),
         steps=rng.randint(1, 6),
-        sampler=rng.choice(SAMPLERS[objective]),
+        sampler=sampler,
         seed=rng.choice([rng.randrange(100), rng.randrange(LARGEST_SEED - 4)]),
+        spacing=rng.choice([None, *SPACINGS]) if objective == "diffusion" else None,
+        eta=rng.choice([0.0, 0.3, 1.0]) if sampler == "ddim" else 0.0,
+        shift=rng.choice([1.0, 0.5, 3.0]) if objective == "flow" else 1.0,
+        guidance_channels=rng.choice([ALL_CHANNELS, FIRST_THREE_CHANNELS]),
+        guidance_rescale=rng.choice([0.0, 0.0, 0.4, 1.0]),
     )
+
+
+def reference(runner: Runner, request: GenerationRequest) -> np.ndarray:
+    """Pixels (B, H, W, channels) of `model.sampling.sample` for the same request."""
+    return sample(
+        runner.checkpoint,
+        request.class_labels,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        sampler=request.sampler,
+        seeds=range(request.seed, request.seed + request.num_images),
+        spacing=request.spacing,
+        eta=request.eta,
+        shift=request.shift,
+        guidance_interval=request.guidance_interval,
+        guidance_channels=3 if request.guidance_channels == FIRST_THREE_CHANNELS else None,
+        guidance_rescale=request.guidance_rescale,
+    ).numpy()
 
 
 def same(one: tuple[Tensor, np.ndarray | None], other: tuple[Tensor, np.ndarray | None]) -> bool:
@@ -174,20 +202,71 @@ def test_three_threads_keep_the_promise_too(make_runner: Callable[..., Runner], 
     assert_a_crowd_changes_nothing(runner, "flow", seeds=[8])
 
 
-@pytest.mark.parametrize(("objective", "sampler"), [("flow", "euler"), ("diffusion", "ddpm"), ("diffusion", "ddim")])
-@pytest.mark.parametrize("scale", [1.0, 1.7, 4.0])
-def test_the_pictures_are_those_of_the_reference_sampler(
+@DTYPES
+@pytest.mark.parametrize("objective", ["flow", "diffusion"])
+@pytest.mark.usefixtures("two_threads")
+def test_a_picture_alone_is_bit_for_bit_that_of_the_reference_sampler(
+    make_runner: Callable[..., Runner], objective: str, dtype: torch.dtype
+) -> None:
+    """Every sampler three times, each time with other spacing, shift, interval, channels and rescale."""
+    runner, rng = make_runner(objective, dtype), random.Random(0)
+    for sampler in SAMPLERS[objective] * 3:
+        drawn = alone(random_request(rng, objective), 0)
+        request = replace(drawn, sampler=sampler, eta=drawn.eta if sampler == "ddim" else 0.0)
+        _, pixels = Play(runner).run([(0, request)])["0", 0]
+        assert pixels is not None and pixels.std() > 1, "the picture shows something"
+        assert np.array_equal(pixels, reference(runner, request)[0]), request
+
+
+@pytest.mark.parametrize(("objective", "sampler"), EVERY_SAMPLER, ids=[name for _, name in EVERY_SAMPLER])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_pictures_together_are_those_of_the_reference_sampler(
     make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], objective: str, sampler: str, scale: float
 ) -> None:
-    """Same formulas, same noise; one grey level, since the reference neither pads its batch nor decodes in buckets."""
+    """One grey level, since the reference pads neither five rows nor their decode."""
     runner = make_runner(objective, max_rows=16)
-    labels = (0, 1, 2, 3, None)
-    request = make_request(class_labels=labels, guidance_scale=scale, steps=5, sampler=sampler, seed=11)
+    request = make_request(class_labels=(0, 1, 2, 3, None), guidance_scale=scale, steps=5, sampler=sampler, seed=11)
     pictures = Play(runner).run([(0, request)])
-    expected = sample(runner.checkpoint, labels, steps=5, guidance_scale=scale, sampler=sampler, seeds=range(11, 16)).numpy()
     ours = np.stack([pictures["0", i][1] for i in range(5)])
-    assert expected.std() > 1, "the pictures show something"
-    assert np.abs(ours.astype(int) - expected).max() <= 1
+    assert np.abs(ours.astype(int) - reference(runner, request)).max() <= 1
+
+
+def test_every_choice_of_guidance_spacing_and_noise_changes_the_picture(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    for objective, plain, changes in [
+        ("flow", make_request(steps=4), [{"shift": 3.0}, {"shift": 0.5}]),
+        ("diffusion", make_request(steps=4, sampler="ddim"), [{"spacing": name} for name in ("leading", "trailing", "log-snr")]),
+        ("diffusion", make_request(steps=4, sampler="ddim"), [{"eta": 0.2}, {"eta": 0.9}]),
+    ]:
+        runner = make_runner(objective)
+        changes += [{"guidance_channels": FIRST_THREE_CHANNELS}, {"guidance_rescale": 0.3}, {"guidance_rescale": 1.0}]
+        changes += [{"sampler": name} for name in SAMPLERS[objective] if name != plain.sampler]
+        seen: dict[bytes, list[dict[str, object]]] = {}
+        for change in [{}, *changes]:
+            latents, _ = Play(runner).run([(0, replace(plain, **change))])["0", 0]
+            seen.setdefault(latents.numpy().tobytes(), []).append(change)
+        assert [alike for alike in seen.values() if len(alike) > 1] == []
+
+
+def test_the_papers_spacing_is_what_a_request_without_one_gets(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    runner = make_runner("diffusion")
+    one, other = (Play(runner).run([(0, make_request(sampler="ddim", spacing=spacing))])["0", 0] for spacing in (None, "paper"))
+    assert same(one, other)
+
+
+def test_a_payload_of_version_1_gives_the_picture_that_it_gave(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+) -> None:
+    text = '{"class_labels": [0], "guidance_interval": [0.0, 1.0], "guidance_scale": 2.0, "model": "tiny", "sampler": "euler", "seed": 7, '
+    request = GenerationRequest.parse(text + '"steps": 3}')
+    assert request == make_request(), "nothing of what version 2 brought"
+    runner = make_runner()
+    _, pixels = Play(runner).run([(0, request)])["0", 0]
+    plain = sample(runner.checkpoint, [0], steps=3, guidance_scale=2.0, sampler="euler", seeds=[7])
+    assert pixels is not None and np.array_equal(pixels, plain[0].numpy())
 
 
 @dataclass
@@ -210,6 +289,8 @@ class Counting:
         (2.0, (0.25, 0.5), [4, 4, 8, 8]),  # Euler's times are 1, 3/4, 1/2, 1/4; both ends are in
         (2.0, (0.6, 1.0), [8, 8, 4, 4]),
         (2.0, (0.3, 0.4), [4, 4, 4, 4]),
+        (2.0, (0.5, 0.5), [4, 4, 8, 4]),
+        (2.0, (1.0, 1.0), [8, 4, 4, 4]),
     ],
 )
 def test_guidance_costs_a_second_row_only_where_it_acts(
@@ -255,13 +336,50 @@ def test_seed_class_and_steps_each_change_the_picture(
         assert not same(plain, Play(runner).run([(0, make_request(**change))])["0", 0]), change
 
 
+@pytest.mark.parametrize(("objective", "sampler"), EVERY_SAMPLER, ids=[name for _, name in EVERY_SAMPLER])
 def test_nothing_of_the_picture_before_is_left_in_a_slot(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], objective: str, sampler: str
+) -> None:
+    runner, request = make_runner(objective), make_request(sampler=sampler)
+    clean = Play(runner).run([(0, request)])["0", 0]
+    runner.state.fill_(float("nan"))
+    assert same(clean, Play(runner).run([(0, request)])["0", 0])
+
+
+@pytest.mark.parametrize(
+    ("objective", "leaver", "sampler"),
+    [("flow", "heun", "ab2"), ("flow", "ab2", "euler"), ("diffusion", "sde-dpm-solver++", "dpm-solver++")],
+)
+def test_a_slot_that_a_sampler_of_two_latents_left_midway_starts_clean(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], objective: str, leaver: str, sampler: str
+) -> None:
+    runner = make_runner(objective, max_rows=2)  # one slot for a guided picture, the last freed is the first taken
+    request = make_request(sampler=sampler, steps=5)
+    clean = Play(runner).run([(0, request)])["0", 0]
+    slots: list[int] = []
+
+    def watch(tick: int, batch: list[Picture]) -> None:
+        slots.extend(picture.slot for picture in batch)
+        if tick in (1, 3):  # Heun remembers within a step, the others from the first on
+            assert bool(runner.state[slots[0], 1].any()) == (tick == 1)
+
+    after = Play(runner, before_step=watch).run([(0, make_request(sampler=leaver, steps=5, seed=1)), (3, request)], leaves={"0": 3})
+    assert same(clean, after["1", 0]) and len(set(slots)) == 1
+
+
+def test_latents_that_a_sampler_does_not_keep_stay_zero(
     make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
 ) -> None:
-    runner = make_runner()
-    clean = Play(runner).run([(0, make_request())])["0", 0]
-    runner.state.fill_(float("nan"))
-    assert same(clean, Play(runner).run([(0, make_request())])["0", 0])
+    """With noise too, beside a picture whose sampler does keep one."""
+    runner = make_runner("diffusion")
+    joins = [(0, make_request(sampler="ddpm", steps=4)), (0, make_request(sampler="sde-dpm-solver++", steps=4))]
+
+    def watch(tick: int, batch: list[Picture]) -> None:
+        for picture in batch:
+            kept = runner.state[picture.slot, 1]
+            assert bool(kept.any()) == (tick > 0 and picture.job.id == "1")
+
+    Play(runner, before_step=watch).run(joins)
 
 
 def test_a_latent_that_leaves_the_finite_numbers_gives_no_picture_and_spoils_no_other(
@@ -311,7 +429,9 @@ def test_more_pictures_than_the_largest_decode_are_decoded_in_parts(
     [
         ({"class_labels": (4,)}, r"class labels are 0 … 3, got 4"),
         ({"class_labels": (0, -1)}, r"got -1"),
-        ({"sampler": "ddim"}, r"'ddim' does not fit this model \(flow\), which has: euler"),
+        ({"sampler": "ddim"}, r"'ddim' does not fit this model \(flow\), which has: euler, heun, ab2"),
+        ({"spacing": "paper"}, r"spacing 'paper' is for diffusion"),
+        ({"eta": 0.5}, r"eta .* belongs to the sampler ddim, got 0.5 for euler"),
         ({"steps": 1001}, r"steps must be between 1 and 1000, got 1001"),
     ],
 )
@@ -322,13 +442,48 @@ def test_what_the_model_cannot_do_is_a_value_error(
         make_runner().plan(make_request(**change))
 
 
-def test_a_plan_has_one_row_of_plain_numbers_per_evaluation(
-    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": 2.0}, r"shift is for flow models; this one has spacing: paper, leading, trailing, log-snr"),
+        ({"spacing": "karras"}, r"no spacing 'karras'; there is: paper, leading, trailing, log-snr"),
+        ({"sampler": "ddpm"}, r"'ddpm' does not fit this model \(diffusion\), which has: ddpm-small, ddpm-large, ddim"),
+    ],
+)
+def test_what_a_diffusion_cannot_do_is_a_value_error(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], change: dict[str, object], message: str
 ) -> None:
-    plan = make_runner("diffusion").plan(make_request(sampler="ddpm", steps=5))
-    assert [len(column) for column in (plan.t, plan.coefficients, plan.noisy, plan.guided)] == [5] * 4
-    assert plan.noisy == [True] * 4 + [False], "the last step adds no noise"
-    assert plan.t[0] == 999 and plan.t[-1] == 0
+    with pytest.raises(ValueError, match=message):
+        make_runner("diffusion", learn_sigma=False).plan(make_request(**{"sampler": "ddim", **change}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "noisy"),
+    [
+        ("diffusion", "ddpm", [True] * 4 + [False]),  # the last step adds no noise
+        ("diffusion", "sde-dpm-solver++", [True] * 4 + [False]),
+        ("diffusion", "dpm-solver++", [False] * 5),
+        ("flow", "ab2", [False] * 5),
+        ("flow", "heun", [False] * 9),
+    ],
+)
+def test_a_plan_has_one_row_of_plain_numbers_per_evaluation(
+    make_runner: Callable[..., Runner], make_request: Callable[..., GenerationRequest], objective: str, sampler: str, noisy: list[bool]
+) -> None:
+    plan = make_runner(objective).plan(make_request(sampler=sampler, steps=5))
+    assert [len(column) for column in (plan.t, plan.coefficients, plan.guided)] == [len(noisy)] * 3 and plan.noisy == noisy
+    assert {len(row) for row in plan.coefficients} == {MAX_STATES**2 + MAX_STATES + 3}
+    assert (plan.t[0], plan.t[-1]) == ((999, 0) if objective == "diffusion" else (1, pytest.approx(0.2)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "chosen", "moved"), [(4, ALL_CHANNELS, 4), (4, FIRST_THREE_CHANNELS, 3), (2, FIRST_THREE_CHANNELS, 2)]
+)
+def test_guidance_moves_all_channels_or_the_first_three(
+    make_request: Callable[..., GenerationRequest], channels: int, chosen: str, moved: int
+) -> None:
+    table = build_table(ObjectiveConfig("flow"), "euler", 2)
+    assert make_plan(table, make_request(guidance_channels=chosen), channels).guidance_channels == moved
 
 
 def test_a_checkpoint_without_a_vae_is_refused(make_runner: Callable[..., Runner]) -> None:
