@@ -34,7 +34,7 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
         errors.append(field_error("sampler", sampler, f"model {record.id} ({record.objective}) can do: {', '.join(record.samplers)}"))
     if steps > record.max_steps:
         errors.append(field_error("steps", steps, f"model {record.id} takes 1 … {record.max_steps}"))
-    spacing, eta, shift = _times(body, record, sampler, settings, errors)
+    spacing, eta, shift = _times(body, record, sampler, quality.get("spacing"), errors)
     low, high = (float(v) for v in body.guidance_interval or (0.0, 1.0))
     if low > high:
         errors.append(field_error("guidance_interval", [low, high], "must be [low, high] with low ≤ high"))
@@ -63,13 +63,13 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
 
 
 def _times(
-    body: GenerateRequest, record: ModelRecord, sampler: str, settings: dict[str, Any], errors: list[dict[str, str]]
+    body: GenerateRequest, record: ModelRecord, sampler: str, measured: str | None, errors: list[dict[str, str]]
 ) -> tuple[str | None, float, float]:
-    """Spacing, eta and shift: what belongs to diffusion, to `ddim` and to flow."""
-    spacing = body.spacing or settings.get("spacing") or (record.spacings[0] if record.spacings else None)
+    """Spacing, eta and shift: what belongs to diffusion, to `ddim` and to flow. `measured` is the spacing of the quality asked for."""
+    spacing = body.spacing or measured or record.default_spacings.get(sampler)
     eta, shift = float(body.eta or 0), float(body.shift or 1)
     if body.spacing is not None and body.spacing not in record.spacings:
-        known = ", ".join(record.spacings) or "none; shift moves its times"
+        known = ", ".join(record.spacings) or ("none; shift moves its times" if record.objective == "flow" else "none told")
         errors.append(field_error("spacing", body.spacing, f"model {record.id} ({record.objective}) has: {known}"))
     if eta and sampler != "ddim":
         errors.append(field_error("eta", eta, f"goes with the sampler ddim, not with {sampler}"))

@@ -96,6 +96,7 @@ class ModelView(BaseModel):
     objective: str
     samplers: list[str]
     spacings: list[str]
+    default_spacings: dict[str, str] = Field(description="Per sampler, the spacing of a request that names none.")
     max_steps: int
     defaults: dict[str, Any]
     quality: dict[str, dict[str, Any]]

@@ -20,7 +20,7 @@ from model.config import DiTConfig, ObjectiveConfig, VAEConfig, stored
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
 from model.flow import RectifiedFlow
-from model.samplers import available_samplers, available_spacings, max_steps
+from model.samplers import available_samplers, available_spacings, max_steps, own_spacing
 from model.vae import VAE
 
 FORMAT = 1
@@ -47,7 +47,7 @@ class CheckpointConfig:
     default_steps: int
     default_guidance_scale: float
     default_sampler: str
-    default_spacing: str | None = None  # of a diffusion's times; None is the paper's
+    default_spacing: str | None = None  # of a diffusion's times with the default sampler; None is that sampler's own
     vae: VAEConfig | None = None
     quality: dict[str, dict[str, Any]] = field(default_factory=dict)  # draft, standard, best → steps, sampler, guidance_scale
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +73,11 @@ class CheckpointConfig:
             raise ValueError(f"the default steps must be between 1 and {max_steps(self.objective)}, got {self.default_steps}")
         if self.default_spacing is not None and self.default_spacing not in available_spacings(self.objective):
             raise ValueError(f"the default spacing {self.default_spacing!r} is none of this model's")
+
+    def spacing_of(self, sampler: str) -> str | None:
+        """The spacing of a request that names none; None for flow."""
+        given = self.default_spacing if sampler == self.default_sampler else None
+        return given or own_spacing(self.objective, sampler)
 
     @property
     def defaults(self) -> dict[str, Any]:

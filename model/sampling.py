@@ -148,6 +148,7 @@ def sample(
     if wrong:
         raise ValueError(f"class labels are 0 … {config.num_classes - 1} or None, got {wrong[0]}")
     objective = checkpoint.config.objective
+    spacing = spacing or checkpoint.config.spacing_of(sampler)
     table = build_table(objective, sampler, steps, learn_sigma=config.learn_sigma, spacing=spacing, eta=eta, shift=shift)
     device, count = checkpoint.device, len(seeds)
     padding = max(0, SMALLEST_BATCH - count)

@@ -136,7 +136,6 @@ def judge_pictures(checkpoint: Checkpoint, classifier: Classifier, settings: Set
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             sampler=settings.sampler,
-            spacing=checkpoint.config.default_spacing,
             seeds=seeds.tolist(),
         )
         judged.append(classifier.judge(images.permute(0, 3, 1, 2)))

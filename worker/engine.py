@@ -79,11 +79,11 @@ class Engine:
         """One forward for everything that runs. A picture that throws or leaves the finite numbers fails its own job only."""
         events: list[Event] = []
         self.runner.start(self.scheduler.admit())
-        batch = self.scheduler.batch()
+        batch = [p for p in self.scheduler.batch() if not p.done]
         if batch:
             events += self._fail(self._step(batch))
-            finished = [p for p in self.scheduler.batch() if p.done]
-            events += self._finish(finished)
+        # One decoder batch a tick: where decoding takes seconds, leases are renewed and others step in between.
+        events += self._finish([p for p in self.scheduler.batch() if p.done][: self.runner.decode_buckets[-1]])
         return events + self._collect(wait=not self.scheduler.batch())
 
     def _step(self, batch: list[Picture]) -> dict[str, str]:

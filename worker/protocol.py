@@ -14,7 +14,7 @@ TTL is the job's own `result_ttl_s`. State changes that two processes could race
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 VERSION = 2  # of the job payload; a worker takes this version and the one before
@@ -88,7 +88,7 @@ class GenerationRequest:
     sampler: str
     seed: int
     # Since version 2; a payload of version 1 has none of them.
-    spacing: str | None = None  # of a diffusion's times; None is the paper's, and flow has none
+    spacing: str | None = None  # of a diffusion's times; None is the sampler's own, and flow has none
     eta: float = 0.0  # of ddim
     shift: float = 1.0  # of flow time
     guidance_channels: str = ALL_CHANNELS
@@ -150,7 +150,8 @@ class ModelRecord:
     defaults: dict[str, Any]  # steps, guidance_scale, sampler, spacing
     quality: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    spacings: list[str] = field(default_factory=list)  # of a diffusion's times, the default first; flow has none
+    spacings: list[str] = field(default_factory=list)  # of a diffusion's times; flow has none
+    default_spacings: dict[str, str] = field(default_factory=dict)  # by sampler
     device: str = ""
     dtype: str = ""
     max_rows: int = 0
@@ -160,7 +161,9 @@ class ModelRecord:
 
     @classmethod
     def parse(cls, text: str | bytes) -> "ModelRecord":
-        return cls(**json.loads(text))
+        """What a newer worker tells besides is left aside, so that an older API goes on reading it."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
 # KEYS job, events. ARGV execution, now, most attempts.

@@ -5,6 +5,7 @@ rq's seams used here are private and pinned; `tests/worker/test_rq_contract.py` 
 """
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -72,13 +73,17 @@ class DiTWorker(BaseWorker):
     # What rq calls.
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
-        return protocol.LEASE_S
+        return self._while_away(protocol.LEASE_S)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         """rq's own heartbeat, also while idle; the model's record is renewed with it."""
         super().heartbeat(timeout, pipeline=pipeline)
-        self.connection.set(protocol.model_key(self.record.id), self.record.dump(), ex=protocol.MODEL_TTL_S)
+        self.connection.set(protocol.model_key(self.record.id), self.record.dump(), ex=self._while_away(protocol.MODEL_TTL_S))
         self.connection.sadd(protocol.MODELS_KEY, self.record.id)
+
+    def _while_away(self, least_s: int) -> int:
+        """Seconds that a promise must hold: one tick of a large model on a slow device may take longer than any fixed time."""
+        return max(least_s, math.ceil(4 * self.engine.runner.slowest_tick_s))
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run this job and all that join it, until the engine is empty or a stop was asked for."""

@@ -31,6 +31,7 @@ log = logging.getLogger("dit.runner")
 K = MAX_STATES  # latents kept by any sampler; those that keep fewer leave the rest zero
 FIRST_CHANNELS = 3  # that the official code guides
 SMALLEST_FORWARD, SMALLEST_DECODE = 4, 2  # below these the CPU's kernels give other bits
+DECODE_BUCKETS = (SMALLEST_DECODE, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,41 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
 
 
+def elapsed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, to the end of what it queued on the device."""
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def affordable(checkpoint: Checkpoint, limit_s: float, most: int) -> tuple[int, int]:
+    """Rows of a forward and images of a decode that take about `limit_s` each: powers of two from the smallest batches to `most`.
+
+    A tick is how long a new job waits and a lease goes unrenewed, and warming up runs each size several times.
+    """
+    assert checkpoint.vae is not None
+    c, device = checkpoint.config.architecture, checkpoint.device
+    x = torch.randn(SMALLEST_FORWARD, c.in_channels, c.input_size, c.input_size, device=device)
+    t, y = torch.zeros(SMALLEST_FORWARD, device=device), torch.zeros(SMALLEST_FORWARD, dtype=torch.int64, device=device)
+
+    def fitting(run: Callable[[], Any], smallest: int) -> int:
+        run()  # the first call prepares kernels
+        size, seconds = smallest, elapsed(run, device)
+        while 2 * size <= most and 2 * size / smallest * seconds <= limit_s:
+            size *= 2
+        return size
+
+    vae = checkpoint.vae
+    return fitting(lambda: checkpoint.dit(x, t, y), SMALLEST_FORWARD), fitting(lambda: vae.decode(x[:SMALLEST_DECODE]), SMALLEST_DECODE)
+
+
 class Runner:
     """Holds one checkpoint on one device."""
 
-    def __init__(self, checkpoint: Checkpoint, *, max_rows: int, compile: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, max_rows: int, compile: bool, max_decode: int | None = None) -> None:
         if checkpoint.vae is None:
             raise ValueError("this checkpoint has no VAE, so it cannot be served")
         self.checkpoint, self.max_rows = checkpoint, max_rows
@@ -119,7 +151,8 @@ class Runner:
             self._forward = torch.compile(checkpoint.dit, dynamic=False)  # a graph per bucket
         self.buckets = row_buckets(max_rows)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(self.buckets) + 1)
-        self.decode_buckets = [b for b in (SMALLEST_DECODE, 4, 8, 16) if b <= max(SMALLEST_DECODE, max_rows)]
+        self.decode_buckets = [b for b in DECODE_BUCKETS if b <= max(SMALLEST_DECODE, min(max_rows, max_decode or max_rows))]
+        self.slowest_tick_s = 0.0  # the largest forward and the largest decode, measured by warm_up()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -132,6 +165,9 @@ class Runner:
         t = fractions * (1.0 if self.config.time_factor != 1.0 else float(self.checkpoint.config.objective.num_timesteps - 1))
         y = torch.randint(self.config.num_classes + 1, (rows,), generator=generator).to(self.device)
 
+        def forward(rows: Tensor) -> Tensor:
+            return self._forward(x[rows], t[rows], y[rows])
+
         def decode(rows: Tensor) -> Tensor:
             return self._decode(x[rows])
 
@@ -140,12 +176,13 @@ class Runner:
             largest = self.buckets[-1:], self.decode_buckets[-1:]
             return bool(alike_buckets(lambda r: self.checkpoint.dit(x[r], t[r], y[r]), largest[0]) and alike_buckets(decode, largest[1]))
 
-        if self.device.type == "cpu":  # before anything is compiled for a number of threads
-            threads = torch.get_num_threads()
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu" and threads & (threads - 1):  # before anything is compiled for a number of threads
             torch.set_num_threads(steady_threads(threads, steady))
             if torch.get_num_threads() < threads:
                 log.warning("%d threads instead of %d, so that a seed gives one picture", torch.get_num_threads(), threads)
-        kept = alike_buckets(lambda r: self._forward(x[r], t[r], y[r]), self.buckets)
+        order = torch.arange(rows)
+        kept = alike_buckets(forward, self.buckets)
         decoded = alike_buckets(decode, self.decode_buckets)
         if self.device.type == "cpu":
             for name, before, after in (("forward", self.buckets, kept), ("decode", self.decode_buckets, decoded)):
@@ -154,6 +191,8 @@ class Runner:
                 elif before != after:
                     log.warning("%s buckets %s of %s give other bits and are left out", name, sorted({*before} - {*after}), before)
             self.buckets, self.decode_buckets = kept or self.buckets, decoded or self.decode_buckets
+        largest = order[: self.buckets[-1]], order[: self.decode_buckets[-1]]
+        self.slowest_tick_s = elapsed(lambda: (forward(largest[0]), decode(largest[1])), self.device)
         log.info("warm after %.1f s: rows %s, decode %s", time.perf_counter() - started, self.buckets, self.decode_buckets)
 
     def plan(self, request: GenerationRequest) -> Plan:

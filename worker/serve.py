@@ -12,11 +12,12 @@ from model.samplers import available_samplers, available_spacings, max_steps
 from worker.engine import Engine
 from worker.protocol import ModelRecord
 from worker.rq_worker import DiTWorker
-from worker.runner import Runner, can_compile
+from worker.runner import Runner, affordable, can_compile
 
 log = logging.getLogger("dit.worker")
 
 ROWS_CPU, ROWS_CUDA = 32, 128
+TICK_S = 2.0  # that a forward on the CPU may take, where the smallest one does not take longer
 
 
 def find_model(registry: Path, name: str | None) -> tuple[str, Path]:
@@ -54,6 +55,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
     config = checkpoint.config
+    samplers = available_samplers(config.objective, config.architecture.learn_sigma)
     return ModelRecord(
         id=model,
         checkpoint=checkpoint.hash,
@@ -61,8 +63,9 @@ def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
         image_size=config.image_size,
         image_channels=config.image_channels,
         objective=config.objective.kind,
-        samplers=available_samplers(config.objective, config.architecture.learn_sigma),
+        samplers=samplers,
         spacings=available_spacings(config.objective),
+        default_spacings={name: spacing for name in samplers if (spacing := config.spacing_of(name))},
         max_steps=max_steps(config.objective),
         defaults=config.defaults,
         quality=config.quality,
@@ -73,16 +76,16 @@ def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
     )
 
 
-def _warm_runner(checkpoint: Checkpoint, max_rows: int, compile: bool) -> Runner:
+def _warm_runner(checkpoint: Checkpoint, max_rows: int, max_decode: int, compile: bool) -> Runner:
     """A compiler that fails costs speed, not the service."""
-    runner = Runner(checkpoint, max_rows=max_rows, compile=compile)
+    runner = Runner(checkpoint, max_rows=max_rows, max_decode=max_decode, compile=compile)
     log.info("%s", "compiling and warming up (the first time takes a minute)" if compile else "warming up")
     try:
         runner.warm_up()
     except BackendCompilerFailed as error:
         log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", str(error).strip().splitlines()[-1])
         torch._dynamo.reset()
-        return _warm_runner(checkpoint, max_rows, compile=False)
+        return _warm_runner(checkpoint, max_rows, max_decode, compile=False)
     return runner
 
 
@@ -108,8 +111,12 @@ def serve(
     if compile and not can_compile(where):
         log.warning("no C++ compiler was found, so the model runs uncompiled, more slowly")
         compile = False
-    rows = max_rows or (ROWS_CUDA if where.type == "cuda" else ROWS_CPU)
-    runner = _warm_runner(checkpoint, rows, compile)
+    rows = decode = ROWS_CUDA
+    if where.type == "cpu" and checkpoint.vae:
+        rows, decode = affordable(checkpoint, TICK_S, ROWS_CPU)
+    rows = max_rows or rows
+    log.info("at most %d rows to a forward and %d images to a decode", rows, decode)
+    runner = _warm_runner(checkpoint, rows, decode, compile)
     worker = DiTWorker(Engine(runner), describe(name, checkpoint, runner), Redis.from_url(redis_url, protocol=2))
     log.info("serving %s, checkpoint %s", name, checkpoint.hash[:12])
     worker.work(logging_level="WARNING")

@@ -83,6 +83,7 @@ DIFFUSION = {
     "objective": "diffusion",
     "samplers": ["ddpm", "ddim", "dpm-solver++"],
     "spacings": SPACINGS,
+    "default_spacings": {"ddpm": "paper", "ddim": "paper", "dpm-solver++": "log-snr"},
     "defaults": {"steps": 4, "guidance_scale": 2.0, "sampler": "ddpm"},
 }
 
@@ -111,9 +112,15 @@ def test_the_models_own_spacing_is_the_default_and_a_quality_may_have_another(
     resolved: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord]
 ) -> None:
     quality = {"draft": {"steps": 2}, "best": {"steps": 9, "spacing": "trailing", "sampler": "ddim"}}
-    serve(**{**DIFFUSION, "defaults": {**DIFFUSION["defaults"], "spacing": "log-snr"}, "quality": quality})
-    asked = [{}, {"quality": "draft"}, {"quality": "best"}, {"quality": "best", "spacing": "leading"}, {"spacing": "paper"}]
-    assert [resolved(class_label=0, **request)["spacing"] for request in asked] == ["log-snr", "log-snr", "trailing", "leading", "paper"]
+    serve(**{**DIFFUSION, "default_spacings": {"ddim": "leading", "dpm-solver++": "log-snr"}, "quality": quality})
+    asked: dict[str, dict[str, Any]] = {
+        "leading": {"sampler": "ddim"},
+        "log-snr": {"sampler": "dpm-solver++", "quality": "draft"},
+        "trailing": {"quality": "best"},
+        "paper": {"quality": "best", "spacing": "paper"},
+    }
+    for spacing, request in asked.items():
+        assert resolved(class_label=0, **request)["spacing"] == spacing
     assert resolved(class_label=0, quality="best", eta=0.5)["eta"] == 0.5, "which its sampler takes"
 
 
@@ -122,7 +129,7 @@ def test_the_record_of_a_worker_from_before_the_spacings_still_serves(
     client: TestClient, redis: Redis, resolved: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord], objective: str
 ) -> None:
     document = json.loads(serve(**(DIFFUSION if objective == "diffusion" else {})).dump())
-    del document["spacings"]
+    del document["spacings"], document["default_spacings"]
     redis.set(protocol.model_key("tiny"), json.dumps(document))
     assert client.get("/models/tiny").json()["spacings"] == []
     first = resolved(class_label=0)

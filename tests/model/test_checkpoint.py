@@ -401,3 +401,18 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has neither checkpoint\.json nor a file 'latest'"):
             load(folder)
+
+
+def test_a_default_spacing_belongs_to_the_default_sampler(build_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    checkpoint = build_checkpoint("diffusion")
+    checkpoint.config = replace(checkpoint.config, default_spacing="leading")
+    save(tmp_path / "one", checkpoint)
+    loaded = load(tmp_path / "one")
+    assert loaded.config == checkpoint.config and loaded.config.defaults["spacing"] == "leading"
+    assert [loaded.config.spacing_of(name) for name in ("ddim", "ddpm", "dpm-solver++")] == ["leading", "paper", "log-snr"]
+    assert build_checkpoint("flow").config.spacing_of("euler") is None
+    settings = {"steps": 5, "guidance_scale": 1.0, "sampler": "ddim", "seeds": [3]}
+    assert torch.equal(sample(loaded, [0], **settings), sample(loaded, [0], spacing="leading", **settings))
+    assert not torch.equal(sample(loaded, [0], **settings), sample(loaded, [0], spacing="paper", **settings))
+    with pytest.raises(ValueError, match="default spacing 'sideways'"):
+        replace(checkpoint.config, default_spacing="sideways")

@@ -37,7 +37,8 @@ def mixed_rows(kind: str, out_channels: int) -> list[tuple[Tensor, ...]]:
     rows = []
     for name in (name for of, name in EVERY_SAMPLER if of == kind):
         for steps, i in ((1, 0), (7, 0), (7, 6), (50, 13), (250, 249)):
-            table = build_table(ObjectiveConfig(kind), name, steps).padded(2)
+            spacing = "paper" if kind == "diffusion" else None  # in log SNR 250 steps are fewer times
+            table = build_table(ObjectiveConfig(kind), name, steps, spacing=spacing).padded(2)
             numbers = (table.a, table.b, table.d, table.log_variance_low, table.log_variance_high)
             state, out, noise = (torch.randn(s, generator=generator) for s in ((1, 2, *SHAPE), (1, out_channels, 4, 4), (1, *SHAPE)))
             rows.append((state, out, *(v[i : i + 1].float() for v in numbers), noise))
@@ -192,7 +193,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("size", [(4, 3, 5), (8, 8, 8), (8, 96, 96)], ids=str)
+@pytest.mark.parametrize("size", [(4, 3, 5), (8, 8, 8), (4, 136, 136)], ids=str)
 @pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.usefixtures("two_threads")
 def test_numbers_per_row_guide_each_row_as_alone_bit_for_bit_in_any_number_of_rows(size: tuple[int, int, int], rescaled: bool) -> None:
@@ -200,7 +201,8 @@ def test_numbers_per_row_guide_each_row_as_alone_bit_for_bit_in_any_number_of_ro
     most = 9
     conditional, unconditional = (torch.randn(most, *size, generator=generator) for _ in range(2))
     scale, rescale = (torch.rand(most, generator=generator).view(-1, 1, 1, 1) for _ in range(2))
-    scale, channels = 1 + 9 * scale, torch.tensor([3, 4]).repeat(5)[:most].view(-1, 1, 1, 1)
+    scale, rescale = 1 + scale, 1 - rescale * (torch.arange(most) % 2).view(-1, 1, 1, 1)  # factors near 1, and so with all their bits
+    channels = torch.tensor([3, 4]).repeat(5)[:most].view(-1, 1, 1, 1)
     alone = [
         guide(conditional[[i]], unconditional[[i]], float(scale[i]), int(channels[i]), float(rescale[i]) if rescaled else None)
         for i in range(most)

@@ -237,3 +237,19 @@ def test_the_same_request_gives_the_same_bytes_under_any_name_and_beside_any_job
     crowd = images(drain(start(runner, {**three_jobs, **{f"{n} again": replace(r, seed=r.seed + 1000) for n, r in three_jobs.items()}})))
     for name, pictures in alone.items():
         assert {index: png for (_, index), png in pictures.items()} == {i: png for (n, i), png in crowd.items() if n == name}
+
+
+def test_one_decoder_batch_a_tick_while_others_go_on(runner: Runner, make_request: MakeRequest) -> None:
+    """Where decoding takes seconds, leases must be renewed in between; the slots of those that wait keep their latents."""
+    jobs = {"five": make_request(steps=1, class_labels=(0, 1, 2, 3, None), guidance_scale=1.0), "one": make_request(steps=6, seed=99)}
+    expected = images(drain(start(runner, jobs)))
+    runner.decode_buckets = [2]
+    sizes: list[int] = []
+    decode = runner.decode
+    runner.decode = lambda pictures: (sizes.append(len(pictures)), decode(pictures))[1]  # type: ignore[method-assign]
+    engine = start(runner, jobs)
+    steps: list[int] = []
+    events = drain(engine, lambda tick: steps.extend(p.evaluation for p in engine.scheduler.batch() if p.job.id == "one"))
+    assert sizes == [2, 2, 1, 1] and steps == [1, 2, 3, 4, 5]
+    assert images(events) == expected and ends(events) == {"five": "done", "one": "done"}
+    assert_empty(engine)

@@ -232,3 +232,9 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
     code = "import sys, worker.protocol; print(sorted({m.split('.')[0] for m in sys.modules} & {'redis', 'rq', 'torch', 'numpy', 'PIL'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_record_of_a_newer_worker_is_still_read() -> None:
+    record = ModelRecord("tiny", "c" * 64, [["cat"]], 16, 1, "flow", ["euler"], 1000, {"steps": 4})
+    told = json.loads(record.dump())
+    assert ModelRecord.parse(json.dumps({**told, "something": "new"})) == record

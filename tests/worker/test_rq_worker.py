@@ -213,6 +213,20 @@ def test_leases_are_renewed_while_jobs_run(
     assert all(2 < seconds <= protocol.LEASE_S for seconds in left)
 
 
+def test_promises_outlast_the_ticks_of_a_slow_model(redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest) -> None:
+    worker.engine.runner.slowest_tick_s = 60.0
+    jobs.submit(make_request(steps=2))
+    left: list[float] = []
+
+    def look() -> None:
+        left.extend(score - time.time() for _, score in redis.zrange(jobs.started, 0, -1, withscores=True))
+        left.append(redis.ttl(protocol.model_key("tiny")))
+
+    worker.engine.before = {1: look}
+    work(worker)
+    assert len(left) == 2 and all(230 < seconds <= 240 for seconds in left)
+
+
 # Jobs that cannot be done.
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
+from model.checkpoint import Checkpoint
 from model.config import ObjectiveConfig
 from model.samplers import DIFFUSION, FLOW, MAX_STATES, build_table
 from model.sampling import sample
 from model.spacing import SPACINGS
 from worker.protocol import ALL_CHANNELS, FIRST_THREE_CHANNELS, LARGEST_SEED, GenerationRequest
-from worker.runner import Runner, alike_buckets, can_compile, make_plan, row_buckets, steady_threads
+from worker.runner import Runner, affordable, alike_buckets, can_compile, make_plan, row_buckets, steady_threads
 from worker.scheduler import Job, Picture, Scheduler
 
 Pictures = dict[tuple[str, int], tuple[Tensor, np.ndarray | None]]  # (job, index) → latents, pixels
@@ -540,3 +541,12 @@ def test_a_bucket_that_gives_other_bits_is_not_used_and_the_promise_holds(
     assert runner.buckets == [8, 16]
     assert "forward buckets [4] of [4, 8, 16] give other bits and are left out" in caplog.text
     assert_a_crowd_changes_nothing(runner, "flow", seeds=[5], jobs=6)
+
+
+def test_a_large_model_gets_small_batches(build_checkpoint: Callable[..., Checkpoint]) -> None:
+    checkpoint = build_checkpoint("flow")
+    assert affordable(checkpoint, limit_s=0.0, most=32) == (4, 2)
+    assert affordable(checkpoint, limit_s=1e6, most=32) == (32, 32)
+    runner = Runner(checkpoint, max_rows=32, max_decode=2, compile=False)
+    runner.warm_up()
+    assert runner.decode_buckets == [2] and runner.buckets[-1] == 32 and runner.slowest_tick_s > 0
