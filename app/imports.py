@@ -23,11 +23,18 @@ def checkpoint_folder(model: str, data: Path, stop: threading.Event, say: Callab
     if not _is_checkpoint(folder):
         folder = imported_folder(model, data)
         if not _is_checkpoint(folder):
+            if not folder_or_id(model):
+                raise ValueError(f"there is no file or folder {model}, nor can it be a hub id such as facebook/DiT-XL-2-256")
             say(f"importing {model} to {folder.resolve()}")
             _import(model, folder, stop)
         if not stop.is_set() and json.loads((folder / "checkpoint.json").read_bytes())["vae"] is None:
             raise ValueError(f"{model} has no VAE, so it cannot be served; give it one with: dit import {model} DEST --vae …")
     return folder.resolve()
+
+
+def folder_or_id(source: str) -> bool:
+    """Whether `dit import` could find it: it exists, or has the form of a hub id."""
+    return Path(source).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
 
 
 def imported_folder(source: str, data: Path) -> Path:

@@ -111,9 +111,12 @@ def _label(given: int | str | None, record: ModelRecord, errors: list[dict[str, 
             return given
     else:
         wanted = _normalised(given)
-        for index, names in enumerate(record.labels):
-            if wanted in (_normalised(name) for name in names):
-                return index
+        found = [index for index, names in enumerate(record.labels) if wanted in (_normalised(name) for name in names)]
+        if len(found) == 1:
+            return found[0]
+        if found:  # ImageNet has two cranes
+            errors.append(field_error("class_label", given, f"is the name of several classes; give an index: {', '.join(map(str, found))}"))
+            return None
     allowed = f"must be an index 0 … {len(record.labels) - 1}, null or a name: {_some_names(record)}{_suggestion(given, record)}"
     entry = field_error("class_label", given, allowed)
     if entry not in errors:

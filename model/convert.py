@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import MANIFEST, Checkpoint, CheckpointConfig
-from model.config import DiTConfig, ObjectiveConfig, VAEConfig
-from model.diffusers_folder import read_objective, read_transformer, read_vae, require_agreement, transformer_heads
+from model.config import DiTConfig, ObjectiveConfig, VAEConfig, preset_heads
+from model.diffusers_folder import ignored_sampling, read_objective, read_transformer, read_vae, require_agreement, transformer_heads
 from model.dit import DiT
 from model.formats import CLASS_TABLE, DIFFUSERS, OFFICIAL, architecture_of, our_state
 from model.labels import Labels, complete, parse_labels, read_labels
@@ -43,6 +43,7 @@ class _Found:
     spacing: str | None = None
     labels: Labels = field(default_factory=dict)
     vae: Path | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def import_checkpoint(
@@ -70,14 +71,21 @@ def import_checkpoint(
         **_picture(autoencoder, found.architecture),
         **_defaults(found),
     )
-    notes = [*_about_weights(found), *about_padding, *_about_conventions(found, asked=bool(time_features)), *_about_names(found)]
+    notes = [
+        *_about_weights(found),
+        *found.warnings,
+        *about_padding,
+        *_about_conventions(found, asked=bool(time_features)),
+        *_about_names(found),
+    ]
     return Imported(Checkpoint(config, _build_dit(found), autoencoder), [*notes, _about_vae(vae_folder, autoencoder)])
 
 
 def _read_official(path: Path, heads: int | None) -> _Found:
     weights = read_weights(path)
     architecture = architecture_of(weights, OFFICIAL, heads=heads)
-    return _Found(weights, architecture, our_state(weights, OFFICIAL, architecture), OFFICIAL.name)
+    warnings = _about_heads(heads, preset_heads(architecture.depth, architecture.hidden_size), "the paper's model of this shape has")
+    return _Found(weights, architecture, our_state(weights, OFFICIAL, architecture), OFFICIAL.name, warnings=warnings)
 
 
 def _read_folder(folder: Path, heads: int | None) -> _Found:
@@ -92,11 +100,13 @@ def _read_folder(folder: Path, heads: int | None) -> _Found:
     weights = read_weights(find_weights(transformer))
     architecture = architecture_of(weights, DIFFUSERS, side=fields.integer("sample_size", 32), heads=heads or transformer_heads(fields))
     require_agreement(fields, architecture)
+    warnings = _about_heads(heads, transformer_heads(fields), "the folder's config.json says")
     architecture = replace(architecture, frequency_shift=1, mlp_norm_eps=fields.positive("norm_eps", 1e-5))
-    found = _Found(weights, architecture, our_state(weights, DIFFUSERS, architecture), DIFFUSERS.name, spacing="leading")
+    found = _Found(weights, architecture, our_state(weights, DIFFUSERS, architecture), DIFFUSERS.name, spacing="leading", warnings=warnings)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if index.is_file() and scheduler.is_file():
         found.objective, found.spacing = read_objective(scheduler)
+        found.warnings += [f"warning: {scheduler} says {what}, which no sampler here does" for what in ignored_sampling(scheduler)]
     if index.is_file():
         found.labels = parse_labels(index, read_json(index).get("id2label") or {})
         found.vae = folder / "vae" if (folder / "vae").is_dir() else None
@@ -185,6 +195,11 @@ def _about_weights(found: _Found) -> list[str]:
     ]
 
 
+def _about_heads(asked: int | None, known: int | None, who: str) -> list[str]:
+    differ = asked is not None and known is not None and asked != known
+    return [f"warning: {asked} heads as asked, but {who} {known}: with a wrong number pictures are wrong"] if differ else []
+
+
 def _about_conventions(found: _Found, *, asked: bool) -> list[str]:
     dit = found.architecture
     other = next(name for name, shift in TIME_FEATURES.items() if shift != dit.frequency_shift)
@@ -192,7 +207,18 @@ def _about_conventions(found: _Found, *, asked: bool) -> list[str]:
     features = f"time features: frequencies divided by {_DIVISORS[dit.frequency_shift]}, {why}; --time-features {other} takes the other"
     if not asked and found.form == DIFFUSERS.name:
         features += ", with which facebook's published weights were trained"
-    return [features, f"norm before the MLP: eps {dit.mlp_norm_eps:g}; the official code's is 1e-06, diffusers' 1e-05 unless told"]
+    sampling = _defaults(found)
+    spacing = sampling["default_spacing"] or "paper"
+    how = f"{sampling['default_sampler']}, {sampling['default_steps']} steps, spacing {spacing}, guidance 4 on all channels"
+    three = "; the official code's guidance moves the first three: guidance_channels" if found.form == OFFICIAL.name else ""
+    process = found.objective
+    betas = f"{process.num_timesteps} steps, betas {process.beta_start:g} to {process.beta_end:g}, predicts {process.prediction}"
+    return [
+        features,
+        f"process: {betas}",
+        f"unless a request tells: {how}{three}",
+        f"norm before the MLP: eps {dit.mlp_norm_eps:g}; the official code's is 1e-06, diffusers' 1e-05 unless told",
+    ]
 
 
 def _about_names(found: _Found) -> list[str]:

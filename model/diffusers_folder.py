@@ -177,6 +177,18 @@ def read_objective(path: Path) -> tuple[ObjectiveConfig, str | None]:
     return objective, spacing if spacing in _SPACINGS else None
 
 
+_SAMPLING = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True, "steps_offset": 0}
+
+
+def ignored_sampling(path: Path) -> list[str]:
+    """What `scheduler_config.json` says of sampling that no sampler here does, as `name = value`."""
+    fields = Fields(path)
+    ignored = [name for name, plain in _SAMPLING.items() if fields.get(name, plain) != plain]
+    if fields.get("timestep_spacing", _SPACINGS[0]) not in _SPACINGS:
+        ignored.append("timestep_spacing")
+    return [f"{name} = {fields.values[name]!r}" for name in ignored]
+
+
 def scheduler_fields(objective: ObjectiveConfig) -> dict[str, Any]:
     """Arguments of `DDIMScheduler`: our `ddim` with the spacing `leading`."""
     return {

@@ -38,6 +38,12 @@ def export_official(checkpoint: Checkpoint, destination: Path) -> list[str]:
         notes.append("warning: this model's time features are those of DiTPipeline (divided by 127); the official code divides by 128")
     if dit.mlp_norm_eps != dit.norm_eps:
         notes.append(f"warning: this model's norm before the MLP has eps {dit.mlp_norm_eps:g}; the official code's has 1e-06")
+    if not dit.learn_sigma:
+        notes.append("warning: this model has no learned covariance; the official code must be told learn_sigma=False")
+    if dit.mlp_ratio != 4:
+        notes.append(f"warning: this model's mlp_ratio is {dit.mlp_ratio:g}; the official code must be told")
+    if checkpoint.vae and not _has_papers_scale(checkpoint.vae):
+        notes.append("warning: this model's latents are not scaled by 0.18215 alone, as the official code does it; its own VAE must decode")
     if _process(objective) != _process(ObjectiveConfig("diffusion")):
         notes.append("warning: this model's process is not the official code's, which has 1000 steps and betas from 0.0001 to 0.02")
     return notes
@@ -68,6 +74,11 @@ def export_diffusers(checkpoint: Checkpoint, destination: Path) -> list[str]:
     if commas:
         notes.append(f"warning: DiTPipeline splits names at commas, and so {commas!r}")
     return notes
+
+
+def _has_papers_scale(vae: VAE) -> bool:
+    std = vae.latent_std.flatten()
+    return not vae.latent_mean.any() and bool(torch.allclose(std, torch.full_like(std, 1 / 0.18215), rtol=1e-4))
 
 
 def _process(objective: ObjectiveConfig) -> tuple[int, float, float]:

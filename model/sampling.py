@@ -102,6 +102,8 @@ def sample_latents(
     low, high = guidance_interval
     state = torch.cat([latents[:, None], torch.zeros_like(latents[:, None]).expand(-1, table.states - 1, -1, -1, -1)], dim=1)
     with_null = torch.cat([labels, torch.full_like(labels, null_class)])
+    # On the device before the loop: a copy in a step would wait for the device.
+    columns = [v.to(latents.device, latents.dtype) for v in (table.a, table.b, table.d, table.log_variance_low, table.log_variance_high)]
     for i in range(table.evaluations):
         x = state[:, 0]
         guided = guidance_scale != 1.0 and low <= float(table.fraction[i]) <= high
@@ -113,8 +115,7 @@ def sample_latents(
             out = guide(conditional, unconditional, guidance_scale, guidance_channels or channels, guidance_rescale or None)
         # Noise costs more than the update: none is drawn that d = 0 would cancel.
         noise = normal(seeds, torch.full_like(seeds, i + 1), tuple(x.shape[1:])) if table.d[i] else torch.zeros_like(x)
-        columns = (table.a, table.b, table.d, table.log_variance_low, table.log_variance_high)
-        a, b, d, low_variance, high_variance = (v[i].to(x.device, x.dtype).expand(x.shape[0], *v.shape[1:]) for v in columns)
+        a, b, d, low_variance, high_variance = (v[i].expand(x.shape[0], *v.shape[1:]) for v in columns)
         state = update(state, out, a, b, d, low_variance, high_variance, noise)
     return state[:, 0]
 

@@ -12,7 +12,7 @@ from model.samplers import available_samplers, available_spacings, max_steps
 from worker.engine import Engine
 from worker.protocol import ModelRecord
 from worker.rq_worker import DiTWorker
-from worker.runner import Runner, affordable, can_compile
+from worker.runner import SMALLEST_DECODE, SMALLEST_FORWARD, Runner, affordable, can_compile
 
 log = logging.getLogger("dit.worker")
 
@@ -77,16 +77,27 @@ def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
 
 
 def _warm_runner(checkpoint: Checkpoint, max_rows: int, max_decode: int, compile: bool) -> Runner:
-    """A compiler that fails costs speed, not the service."""
-    runner = Runner(checkpoint, max_rows=max_rows, max_decode=max_decode, compile=compile)
-    log.info("%s", "compiling and warming up (the first time takes a minute)" if compile else "warming up")
-    try:
-        runner.warm_up()
-    except BackendCompilerFailed as error:
-        log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", str(error).strip().splitlines()[-1])
+    """A compiler that fails costs speed, and a small memory the width of a batch, but not the service.
+
+    Raises ValueError if the smallest batches do not fit the device's memory.
+    """
+    while True:
+        runner = Runner(checkpoint, max_rows=max_rows, max_decode=max_decode, compile=compile)
+        log.info("%s", "compiling and warming up (the first time takes a minute)" if compile else "warming up")
+        try:
+            runner.warm_up()
+            return runner
+        except torch.OutOfMemoryError as error:
+            if max_rows <= SMALLEST_FORWARD and max_decode <= SMALLEST_DECODE:
+                raise ValueError(f"the model does not fit the device: {str(error).splitlines()[0]}") from error
+            log.warning("out of memory with %d rows to a forward and %d images to a decode; trying half", max_rows, max_decode)
+            max_rows, max_decode = max(SMALLEST_FORWARD, max_rows // 2), max(SMALLEST_DECODE, max_decode // 2)
+        except BackendCompilerFailed as error:
+            log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", str(error).strip().splitlines()[-1])
+            compile = False
+        del runner
         torch._dynamo.reset()
-        return _warm_runner(checkpoint, max_rows, max_decode, compile=False)
-    return runner
+        torch.cuda.empty_cache()  # does nothing where there is no CUDA
 
 
 def serve(

@@ -75,3 +75,10 @@ def test_an_interrupted_import_leaves_nothing_behind(tmp_path: Path, exported: P
     (half.parent / f".{half.name}.new-abc").mkdir(parents=True)  # as a killed import would leave it
     folder = checkpoint_folder(str(exported), tmp_path / "data", stop, lambda _: None)
     assert folder == half and not any(half.parent.iterdir())
+
+
+def test_what_cannot_be_imported_is_refused_before_anything_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(ValueError, match="there is no file or folder nowhere, nor can it be a hub id"):
+        checkpoint_folder("nowhere", tmp_path, threading.Event(), said.append)
+    assert not said

@@ -206,3 +206,12 @@ def test_one_of_several_models_must_be_named(bare_client: TestClient, serve: Cal
     assert answer.status_code == 422 and "birds, fish" in answer.json()["errors"][0]["detail"]
     chosen = bare_client.post("/generate", json={"class_label": "wren", "model": "birds"}).json()
     assert (chosen["request"]["model"], chosen["checkpoint"]) == ("birds", "b" * 64)
+
+
+def test_a_name_of_several_classes_is_not_guessed(
+    client: TestClient, serve: Callable[..., ModelRecord], resolved: Callable[..., dict[str, Any]]
+) -> None:
+    serve(labels=[["crane", "bird"], ["crane"], ["dog"]])
+    answer = client.post("/generate", json={"class_label": "Crane"})
+    assert answer.status_code == 422 and "several classes; give an index: 0, 1" in answer.text
+    assert resolved(class_label="bird")["class_label"] == 0 and resolved(class_label=1)["class_label"] == 1

@@ -118,7 +118,7 @@ def test_an_unknown_preset_is_refused_with_the_names_there_are(name: str) -> Non
 
 @pytest.mark.parametrize("image_size", [0, -8, 4, 100, 257])
 def test_a_preset_of_pictures_that_no_latent_fits_is_refused(image_size: int) -> None:
-    with pytest.raises(ValueError, match=f"image_size must be a multiple of 8, got {image_size}"):
+    with pytest.raises(ValueError, match=f"image_size must be a multiple of 8 up to 2048, got {image_size}"):
         preset("DiT-S/2", image_size=image_size)
 
 
@@ -156,3 +156,9 @@ def test_a_flag_is_true_or_false(name: str, tiny_dit_config: Callable[..., DiTCo
     for wrong in ("no", 1, None):
         with pytest.raises(ValueError, match=f"{name} must be true or false"):
             tiny_dit_config("flow", **{name: wrong})
+
+
+def test_a_presets_pictures_have_a_largest_size() -> None:
+    for size in (1_000_000, 2056, 100, 0):
+        with pytest.raises(ValueError, match=f"multiple of 8 up to 2048, got {size}"):
+            preset("DiT-S/8", image_size=size)

@@ -590,3 +590,30 @@ def test_a_folder_without_weights_is_refused(pipeline: Path) -> None:
     assert f"{pipeline / 'vae'} holds no weights" in refused(str(pipeline))
     shutil.rmtree(pipeline / "vae")
     assert import_checkpoint(str(pipeline)).checkpoint.vae is None
+
+
+def test_settings_of_sampling_that_are_not_ours_are_said(pipeline: Path) -> None:
+    assert not any(note.startswith("warning") for note in import_checkpoint(str(pipeline)).notes)
+    config = pipeline / "scheduler" / "scheduler_config.json"
+    rewrite(config, clip_sample=True, set_alpha_to_one=False, steps_offset=1, thresholding=True, timestep_spacing="linspace")
+    warnings = "\n".join(note for note in import_checkpoint(str(pipeline)).notes if note.startswith("warning"))
+    for said in (
+        "clip_sample = True",
+        "set_alpha_to_one = False",
+        "steps_offset = 1",
+        "thresholding = True",
+        "timestep_spacing = 'linspace'",
+    ):
+        assert said in warnings
+
+
+def test_process_and_sampling_taken_are_said(pipeline: Path) -> None:
+    notes = "\n".join(import_checkpoint(str(pipeline)).notes)
+    assert "1000 steps, betas 0.0001 to 0.02, predicts noise" in notes and "ddim, 50 steps, spacing leading" in notes
+    notes = "\n".join(import_checkpoint(str(TINY), heads=4).notes)
+    assert "ddpm, 250 steps, spacing paper" in notes and "the first three" in notes
+
+
+def test_another_number_of_heads_than_is_known_is_warned_of(pipeline: Path) -> None:
+    assert any("2 heads as asked" in note and "says 4" in note for note in import_checkpoint(str(pipeline), heads=2).notes)
+    assert not any("as asked, but" in note for note in import_checkpoint(str(pipeline), heads=4).notes)

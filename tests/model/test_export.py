@@ -22,6 +22,7 @@ from model.sources import ConversionError
 from model.vae import VAE
 
 Build = Callable[..., Checkpoint]
+PAPERS = {"latent_mean": (0.0,) * 4, "latent_std": (1 / 0.18215,) * 4}
 PLAIN = {"latent_mean": (0.0,) * 4, "latent_std": (2.5,) * 4}  # what one scaling factor says
 
 
@@ -271,10 +272,12 @@ def test_each_format_refuses_what_the_other_could_hold(build: Build, tmp_path: P
 
 
 def test_conventions_that_the_format_does_not_share_are_warned_of(build: Build, tmp_path: Path) -> None:
-    official = export_official(build(objective={"beta_end": 0.1}), tmp_path / "a.pt")
+    official = export_official(build(PAPERS, objective={"beta_end": 0.1}), tmp_path / "a.pt")
     assert sum(note.startswith("warning:") for note in official) == 3
     assert any("divided by 127" in note for note in official) and any("eps 1e-05" in note for note in official)
-    assert not any(note.startswith("warning:") for note in export_official(build(frequency_shift=0, mlp_norm_eps=1e-6), tmp_path / "b.pt"))
+    assert not any(
+        note.startswith("warning:") for note in export_official(build(PAPERS, frequency_shift=0, mlp_norm_eps=1e-6), tmp_path / "b.pt")
+    )
     assert not any(note.startswith("warning:") for note in export_diffusers(build(), tmp_path / "c"))
     assert any("divided by 128" in note for note in export_diffusers(build(frequency_shift=0), tmp_path / "d"))
 
@@ -310,3 +313,12 @@ def test_the_vae_given_away_is_not_changed(build: Build, tmp_path: Path) -> None
     export_diffusers(checkpoint, tmp_path / "out")
     assert all(torch.equal(value, before[key]) for key, value in checkpoint.vae.state_dict().items())
     assert isinstance(checkpoint.config.vae, VAEConfig) and checkpoint.vae.autoencoder.config.scaling_factor == 1.0
+
+
+def test_what_the_official_code_must_be_told_is_warned_of(build: Build, tmp_path: Path) -> None:
+    other = build(
+        {"latent_mean": (1.0,) * 4, "latent_std": (3.0,) * 4}, frequency_shift=0, mlp_norm_eps=1e-6, learn_sigma=False, mlp_ratio=2.0
+    )
+    told = export_official(other, tmp_path / "other.pt")
+    for said in ("0.18215", "learn_sigma=False", "mlp_ratio is 2"):
+        assert any(note.startswith("warning") and said in note for note in told)
