@@ -151,7 +151,7 @@ def test_counting_leaves_the_models_weights_unmade(tiny_dit_config: Callable[...
     [
         ("DiT-XXL/2", {}, "no preset 'DiT-XXL/2'; there is: DiT-S/8, .*DiT-XL/2"),
         ("DiT-S/2", {"block": "mamba"}, "block must be one of adaln-zero, adaln, cross-attention, in-context, got 'mamba'"),
-        ("DiT-S/2", {"image_size": 100}, "image_size must be a multiple of 8, got 100"),
+        ("DiT-S/2", {"image_size": 100}, "image_size must be a multiple of 8 up to 2048, got 100"),
     ],
 )
 def test_what_there_is_not_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
