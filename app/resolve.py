@@ -91,36 +91,39 @@ def _quality(body: GenerateRequest, record: ModelRecord, errors: list[dict[str, 
 
 
 def _labels(body: GenerateRequest, record: ModelRecord, errors: list[dict[str, str]]) -> list[int | None]:
-    if isinstance(body.class_label, list):
-        if body.num_images is not None:
-            errors.append(field_error("num_images", body.num_images, "goes with one class_label; a list makes one picture each"))
-        return [_label(entry, record, errors) for entry in body.class_label]
-    return [_label(body.class_label, record, errors)] * (body.num_images or 1)
+    given = body.class_label if isinstance(body.class_label, list) else [body.class_label] * (body.num_images or 1)
+    if isinstance(body.class_label, list) and body.num_images is not None:
+        errors.append(field_error("num_images", body.num_images, "goes with one class_label; a list makes one picture each"))
+    # Once a request: ImageNet has some 1,800 names, and a list may ask for 64.
+    classes = _classes_by_name(record) if any(isinstance(entry, str) for entry in given) else {}
+    answers = {entry: _label(entry, classes, record, errors) for entry in dict.fromkeys(given)}
+    return [answers[entry] for entry in given]
+
+
+def _classes_by_name(record: ModelRecord) -> dict[str, list[int]]:
+    classes: dict[str, list[int]] = {}
+    for index, names in enumerate(record.labels):
+        for name in {_normalised(name) for name in names}:
+            classes.setdefault(name, []).append(index)
+    return classes
 
 
 def _normalised(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def _label(given: int | str | None, record: ModelRecord, errors: list[dict[str, str]]) -> int | None:
+def _label(given: int | str | None, classes: dict[str, list[int]], record: ModelRecord, errors: list[dict[str, str]]) -> int | None:
     """A class index; case and spacing of names do not matter."""
-    if given is None:
-        return None
-    if isinstance(given, int):
-        if 0 <= given < len(record.labels):
-            return given
+    if given is None or (isinstance(given, int) and 0 <= given < len(record.labels)):
+        return given
+    found = classes.get(_normalised(given), []) if isinstance(given, str) else []
+    if len(found) == 1:
+        return found[0]
+    if found:  # ImageNet has two cranes
+        allowed = f"is the name of several classes; give an index: {', '.join(map(str, found))}"
     else:
-        wanted = _normalised(given)
-        found = [index for index, names in enumerate(record.labels) if wanted in (_normalised(name) for name in names)]
-        if len(found) == 1:
-            return found[0]
-        if found:  # ImageNet has two cranes
-            errors.append(field_error("class_label", given, f"is the name of several classes; give an index: {', '.join(map(str, found))}"))
-            return None
-    allowed = f"must be an index 0 … {len(record.labels) - 1}, null or a name: {_some_names(record)}{_suggestion(given, record)}"
-    entry = field_error("class_label", given, allowed)
-    if entry not in errors:
-        errors.append(entry)
+        allowed = f"must be an index 0 … {len(record.labels) - 1}, null or a name: {_some_names(record)}{_suggestion(given, record)}"
+    errors.append(field_error("class_label", given, allowed))
     return None
 
 

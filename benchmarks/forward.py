@@ -10,7 +10,6 @@ there is a side more, with captured graphs (`mode="reduce-overhead"`). The last 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,21 +21,9 @@ from model.cost import dit_cost
 from model.dit import DiT
 from model.export import to_transformer
 from training.runlog import commit, hardware
+from worker.runner import elapsed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    run()
-    synchronise(device)
-    return time.perf_counter() - start
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -44,7 +31,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for size in (2048, 4096) if device.type == "cpu" else (8192, 16384):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        times = [seconds(lambda a=a, b=b: a @ b, device) for _ in range(8)]
+        times = [elapsed(lambda a=a, b=b: a @ b, device) for _ in range(8)]
         best = max(best, size**3 / min(times) / 1e9)
     return best
 
@@ -89,10 +76,10 @@ def measure(name: str, rows: int, device: torch.device, dtype: torch.dtype, repe
         assert apart < (1e-3 if dtype == torch.float32 else 5e-2), f"the sides differ by {apart:.1e}: not the same function"
         peaks = [matrix_peak(device, dtype)]
         for side in sides:
-            sides[side]()
+            elapsed(sides[side], device)  # to its end, so that nothing queued runs into what is timed
         for _ in range(repeats):
             for side, run in sides.items():
-                times[side].append(seconds(run, device))
+                times[side].append(elapsed(run, device))
         peaks.append(matrix_peak(device, dtype))
     torch._dynamo.reset()
     median = {side: statistics.median(values) for side, values in times.items()}

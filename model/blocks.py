@@ -35,15 +35,23 @@ class Modulation(nn.Sequential):
         return self[1](condition).chunk(self.parts, dim=1)
 
 
-class AdaLNZeroBlock(nn.Module):
-    """Shift, scale and gate of both halves are regressed from the condition; the gates start at zero, and the block as the identity."""
+class _Block(nn.Module):
+    """What all four have: norm and self-attention, norm and MLP. The norms are affine where no condition supplies scale and shift."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.norm1 = _norm(config, config.norm_eps, affine=False)
+        affine = config.block not in ADAPTIVE
+        self.norm1 = _norm(config, config.norm_eps, affine=affine)
         self.attn = _attention(Attention, config)
-        self.norm2 = _norm(config, config.mlp_norm_eps, affine=False)
+        self.norm2 = _norm(config, config.mlp_norm_eps, affine=affine)
         self.mlp = _mlp(config)
+
+
+class AdaLNZeroBlock(_Block):
+    """Shift, scale and gate of both halves are regressed from the condition; the gates start at zero, and the block as the identity."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
         self.adaLN_modulation = Modulation(config.hidden_size, 6)
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
@@ -52,15 +60,11 @@ class AdaLNZeroBlock(nn.Module):
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
-class AdaLNBlock(nn.Module):
+class AdaLNBlock(_Block):
     """Shift and scale of both norms are regressed from the condition; no gates."""
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.norm1 = _norm(config, config.norm_eps, affine=False)
-        self.attn = _attention(Attention, config)
-        self.norm2 = _norm(config, config.mlp_norm_eps, affine=False)
-        self.mlp = _mlp(config)
+        super().__init__(config)
         self.adaLN_modulation = Modulation(config.hidden_size, 4)
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
@@ -69,17 +73,13 @@ class AdaLNBlock(nn.Module):
         return x + self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(_Block):
     """A plain block whose tokens attend, after themselves, to the sequence [time, class]."""
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.norm1 = _norm(config, config.norm_eps, affine=True)
-        self.attn = _attention(Attention, config)
+        super().__init__(config)
         self.norm_cross = _norm(config, config.norm_eps, affine=True)
         self.cross_attn = _attention(CrossAttention, config)
-        self.norm2 = _norm(config, config.mlp_norm_eps, affine=True)
-        self.mlp = _mlp(config)
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary)
@@ -87,15 +87,8 @@ class CrossAttentionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class InContextBlock(nn.Module):
+class InContextBlock(_Block):
     """A plain ViT block (Dosovitskiy et al. 2021): time and class are two of its tokens."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.norm1 = _norm(config, config.norm_eps, affine=True)
-        self.attn = _attention(Attention, config)
-        self.norm2 = _norm(config, config.mlp_norm_eps, affine=True)
-        self.mlp = _mlp(config)
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary)

@@ -150,7 +150,7 @@ class ObjectiveConfig:
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 PRESETS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (8, 4, 2))  # the paper's Table 1 and §4
-_LATENT_FACTOR = 8  # of the paper's autoencoder
+PAPER_VAE_FACTOR = 8  # pixels of a picture to one of its latent, in the paper's autoencoder
 _LARGEST_IMAGE = 2048  # pixels of a preset: its position table is a real one
 
 
@@ -158,12 +158,12 @@ def preset(name: str, *, image_size: int = 256, block: str = "adaln-zero", num_c
     """`DiT-XL/2` and its eleven sisters, on 4-channel latents of an f8 autoencoder. ValueError lists the names."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there is: {', '.join(PRESETS)}")
-    sound = _LATENT_FACTOR <= image_size <= _LARGEST_IMAGE and image_size % _LATENT_FACTOR == 0
-    _require(sound, f"image_size must be a multiple of {_LATENT_FACTOR} up to {_LARGEST_IMAGE}, got {image_size}")
+    sound = PAPER_VAE_FACTOR <= image_size <= _LARGEST_IMAGE and image_size % PAPER_VAE_FACTOR == 0
+    _require(sound, f"image_size must be a multiple of {PAPER_VAE_FACTOR} up to {_LARGEST_IMAGE}, got {image_size}")
     size, patch = name.removeprefix("DiT-").split("/")
     depth, width, heads = _SIZES[size]
     return DiTConfig(
-        input_size=image_size // _LATENT_FACTOR,
+        input_size=image_size // PAPER_VAE_FACTOR,
         patch_size=int(patch),
         in_channels=4,
         hidden_size=width,

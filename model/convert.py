@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import MANIFEST, Checkpoint, CheckpointConfig
-from model.config import DiTConfig, ObjectiveConfig, VAEConfig, preset_heads
+from model.config import PAPER_VAE_FACTOR, DiTConfig, ObjectiveConfig, VAEConfig, preset_heads
 from model.diffusers_folder import ignored_sampling, read_objective, read_transformer, read_vae, require_agreement, transformer_heads
 from model.dit import DiT
 from model.formats import CLASS_TABLE, DIFFUSERS, OFFICIAL, architecture_of, our_state
@@ -19,7 +19,6 @@ from model.vae import VAE
 
 TIME_FEATURES = {"official": 0, "diffusers": 1}  # → DiTConfig.frequency_shift
 _DIVISORS = {0: "128, as in the official code", 1: "127, as DiTPipeline computes them"}
-_PAPER_FACTOR = 8  # of the paper's VAE: what pixels are meant where there is no VAE
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -163,7 +162,7 @@ def _renamed(key: str) -> str:
 
 def _picture(vae: VAE | None, dit: DiTConfig) -> dict[str, Any]:
     config: VAEConfig | None = vae.config if vae else None
-    size, channels = (config.image_size, config.image_channels) if config else (dit.input_size * _PAPER_FACTOR, 3)
+    size, channels = (config.image_size, config.image_channels) if config else (dit.input_size * PAPER_VAE_FACTOR, 3)
     return {"vae": config, "image_size": size, "image_channels": channels}
 
 

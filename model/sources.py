@@ -169,7 +169,7 @@ def _require_harmless(path: Path) -> None:
             for record in records:
                 if record.filename.endswith(".pkl"):
                     _require_harmless_pickle(path, archive, record)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
         raise ConversionError(f"{path} is no archive of torch.save, or it is cut short: {error}") from error
 
 

@@ -111,8 +111,8 @@ def elapsed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def affordable(checkpoint: Checkpoint, limit_s: float, most: int) -> tuple[int, int]:
-    """Rows of a forward and images of a decode that take about `limit_s` each: powers of two from the smallest batches to `most`.
+def affordable(checkpoint: Checkpoint, limit_s: float, most_rows: int) -> tuple[int, int]:
+    """Rows of a forward, at most `most_rows`, and images of a decode that take about `limit_s`: powers of two from the smallest batches.
 
     A tick is how long a new job waits and a lease goes unrenewed, and warming up runs each size several times.
     """
@@ -121,7 +121,7 @@ def affordable(checkpoint: Checkpoint, limit_s: float, most: int) -> tuple[int, 
     x = torch.randn(SMALLEST_FORWARD, c.in_channels, c.input_size, c.input_size, device=device)
     t, y = torch.zeros(SMALLEST_FORWARD, device=device), torch.zeros(SMALLEST_FORWARD, dtype=torch.int64, device=device)
 
-    def fitting(run: Callable[[], Any], smallest: int) -> int:
+    def fitting(run: Callable[[], Any], smallest: int, most: int) -> int:
         run()  # the first call prepares kernels
         size, seconds = smallest, elapsed(run, device)
         while 2 * size <= most and 2 * size / smallest * seconds <= limit_s:
@@ -129,7 +129,8 @@ def affordable(checkpoint: Checkpoint, limit_s: float, most: int) -> tuple[int, 
         return size
 
     vae = checkpoint.vae
-    return fitting(lambda: checkpoint.dit(x, t, y), SMALLEST_FORWARD), fitting(lambda: vae.decode(x[:SMALLEST_DECODE]), SMALLEST_DECODE)
+    rows = fitting(lambda: checkpoint.dit(x, t, y), SMALLEST_FORWARD, most_rows)
+    return rows, fitting(lambda: vae.decode(x[:SMALLEST_DECODE]), SMALLEST_DECODE, DECODE_BUCKETS[-1])
 
 
 class Runner:
@@ -176,8 +177,8 @@ class Runner:
             largest = self.buckets[-1:], self.decode_buckets[-1:]
             return bool(alike_buckets(lambda r: self.checkpoint.dit(x[r], t[r], y[r]), largest[0]) and alike_buckets(decode, largest[1]))
 
-        threads = torch.get_num_threads()
-        if self.device.type == "cpu" and threads & (threads - 1):  # before anything is compiled for a number of threads
+        if self.device.type == "cpu":  # before anything is compiled for a number of threads
+            threads = torch.get_num_threads()
             torch.set_num_threads(steady_threads(threads, steady))
             if torch.get_num_threads() < threads:
                 log.warning("%d threads instead of %d, so that a seed gives one picture", torch.get_num_threads(), threads)

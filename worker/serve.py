@@ -12,7 +12,7 @@ from model.samplers import available_samplers, available_spacings, max_steps
 from worker.engine import Engine
 from worker.protocol import ModelRecord
 from worker.rq_worker import DiTWorker
-from worker.runner import SMALLEST_DECODE, SMALLEST_FORWARD, Runner, affordable, can_compile
+from worker.runner import DECODE_BUCKETS, SMALLEST_DECODE, SMALLEST_FORWARD, Runner, affordable, can_compile
 
 log = logging.getLogger("dit.worker")
 
@@ -122,7 +122,7 @@ def serve(
     if compile and not can_compile(where):
         log.warning("no C++ compiler was found, so the model runs uncompiled, more slowly")
         compile = False
-    rows = decode = ROWS_CUDA
+    rows, decode = ROWS_CUDA, DECODE_BUCKETS[-1]
     if where.type == "cpu" and checkpoint.vae:
         rows, decode = affordable(checkpoint, TICK_S, ROWS_CPU)
     rows = max_rows or rows

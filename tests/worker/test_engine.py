@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from worker.engine import Engine, Event, ImageReady, JobDone
 from worker.protocol import GenerationRequest
 from worker.runner import Runner
+from worker.scheduler import Picture
 
 MakeRequest = Callable[..., GenerationRequest]
 Jobs = dict[str, GenerationRequest]
@@ -239,14 +241,19 @@ def test_the_same_request_gives_the_same_bytes_under_any_name_and_beside_any_job
         assert {index: png for (_, index), png in pictures.items()} == {i: png for (n, i), png in crowd.items() if n == name}
 
 
-def test_one_decoder_batch_a_tick_while_others_go_on(runner: Runner, make_request: MakeRequest) -> None:
+def test_one_decoder_batch_a_tick_while_others_go_on(runner: Runner, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where decoding takes seconds, leases must be renewed in between; the slots of those that wait keep their latents."""
     jobs = {"five": make_request(steps=1, class_labels=(0, 1, 2, 3, None), guidance_scale=1.0), "one": make_request(steps=6, seed=99)}
     expected = images(drain(start(runner, jobs)))
     runner.decode_buckets = [2]
     sizes: list[int] = []
     decode = runner.decode
-    runner.decode = lambda pictures: (sizes.append(len(pictures)), decode(pictures))[1]  # type: ignore[method-assign]
+
+    def counting(pictures: Sequence[Picture]) -> list[np.ndarray | None]:
+        sizes.append(len(pictures))
+        return decode(pictures)
+
+    monkeypatch.setattr(runner, "decode", counting)
     engine = start(runner, jobs)
     steps: list[int] = []
     events = drain(engine, lambda tick: steps.extend(p.evaluation for p in engine.scheduler.batch() if p.job.id == "one"))

@@ -545,8 +545,8 @@ def test_a_bucket_that_gives_other_bits_is_not_used_and_the_promise_holds(
 
 def test_a_large_model_gets_small_batches(build_checkpoint: Callable[..., Checkpoint]) -> None:
     checkpoint = build_checkpoint("flow")
-    assert affordable(checkpoint, limit_s=0.0, most=32) == (4, 2)
-    assert affordable(checkpoint, limit_s=1e6, most=32) == (32, 32)
+    assert affordable(checkpoint, limit_s=0.0, most_rows=32) == (4, 2)
+    assert affordable(checkpoint, limit_s=1e6, most_rows=32) == (32, 16)
     runner = Runner(checkpoint, max_rows=32, max_decode=2, compile=False)
     runner.warm_up()
     assert runner.decode_buckets == [2] and runner.buckets[-1] == 32 and runner.slowest_tick_s > 0
