@@ -1,15 +1,16 @@
-# make run · make test · make check · make bench · make clean        needs Python >= 3.11 with venv and pip
+# make run · make test · make check · make bench · make chaos · make clean        needs Python >= 3.11 with venv and pip
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench clean
+.PHONY: help run test check bench chaos clean
 
 help:
 	@echo "make run    set up and start everything on this machine; prints the URL"
 	@echo "make test   set up and run every test"
 	@echo "make check  format, lint, types, import rules"
 	@echo "make bench  pictures/s beside diffusers' DiTPipeline"
+	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 10 minutes)"
 	@echo "make clean  remove what was set up (not .dit, which holds queued jobs)"
 
 # A stamp per set of packages, so that a second start installs nothing. torch comes first and by itself: pip takes the pinned build.
@@ -43,6 +44,9 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/sampling.py
+
+chaos: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.chaos.long
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis test-output

@@ -3,22 +3,32 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from redis import Redis
+
     from app.settings import Settings
+    from app.usage import Usage
 
 app = typer.Typer(
     help="Class-conditional image generation with a Diffusion Transformer.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 train = typer.Typer(help="Train the autoencoder, then the DiT on its latents.", no_args_is_help=True)
 app.add_typer(train, name="train")
+models = typer.Typer()
+app.add_typer(models, name="models")
+jobs = typer.Typer(help="Jobs that were given up.", no_args_is_help=True)
+app.add_typer(jobs, name="jobs")
 
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of IDX files, or of one sub-folder of images per class.")]
 CONFIGURATION_ERROR = 78  # see app.local: the supervisor does not start such a child again
 
+JsonOption = Annotated[bool, typer.Option("--json", help="A list of objects.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model of the registry.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Also where Redis cannot tell which versions are needed.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")]
 
 
@@ -96,6 +106,47 @@ def evaluate_command(
         evaluate(checkpoint, data, samples=samples, steps=steps, guidance_scale=guidance_scale, sampler=sampler, save=save, show=typer.echo)
     except (ValueError, OSError) as error:
         fail(str(error))
+
+
+@app.command("tune")
+def tune_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a registry entry with versions.")],
+    data: DataOption,
+    steps: Annotated[str | None, typer.Option(help="5,8,10: what to try; by default few that suit the model.")] = None,
+    samplers: Annotated[str | None, typer.Option(help="a,b: the first is the one that guidance scales are compared with.")] = None,
+    guidance_scales: Annotated[str | None, typer.Option(help="1,1.5,2: 1 is no guidance.")] = None,
+    intervals: Annotated[str | None, typer.Option(help="0-1,0.1-0.8: where in t/T to guide; 0 is clean.")] = None,
+    block_cache: Annotated[str | None, typer.Option(help="2,3: what is chosen is measured with these block caches too.")] = None,
+    samples: Annotated[int, typer.Option(help="Pictures of a setting in the first stage.")] = 1000,
+    final_samples: Annotated[int, typer.Option(help="Pictures of each of the best settings, which decide.")] = 10_000,
+    log: Annotated[Path | None, typer.Option(help="What was measured, and is not measured again; by default runs/tune/HASH.jsonl.")] = None,
+    save: Annotated[bool, typer.Option(help="Write defaults, qualities, table, plot and model card into the checkpoint.")] = True,
+) -> None:
+    """The fewest network evaluations for the best pictures: steps, sampler and guidance, measured."""
+    # Before torch is imported, as `dit worker` does: the graphs compiled by one serve the other.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_settings().data.resolve() / "compiled"))
+    from training.search import interval_of, listed
+    from training.tune import tune
+
+    try:
+        tune(
+            checkpoint,
+            data,
+            steps=listed("--steps", steps, int),
+            samplers=listed("--samplers", samplers, str),
+            guidance_scales=listed("--guidance-scales", guidance_scales, float),
+            intervals=listed("--intervals", intervals, interval_of),
+            block_caches=listed("--block-cache", block_cache, int),
+            samples=samples,
+            final_samples=final_samples,
+            log=log,
+            save=save,
+            show=typer.echo,
+        )
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped; what was measured is in the log, and the same command goes on from there", 130)
 
 
 @app.command("cost")
@@ -179,6 +230,240 @@ def export_command(
     typer.echo("\n".join([f"wrote {destination} ({format})", *notes]))
 
 
+@models.callback(invoke_without_command=True)
+def models_command(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Models of the registry and their versions; without a command, lists them."""
+    if context.invoked_subcommand is None:
+        list_models_command(as_json)
+    elif as_json:
+        fail(f"--json does not go before {context.invoked_subcommand}")
+
+
+@models.command("list")
+def list_models_command(
+    as_json: JsonOption = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, to find what is damaged.")] = False,
+) -> None:
+    """Every version, the newest first: whether a worker serves it, and how many jobs wait for it or run on it."""
+    import json
+
+    from app.usage import UsageUnknown, find_usage
+    from model.registry import models, versions
+
+    settings = _settings()
+    usage, unknown = None, "DIT_REDIS_URL is not set, and no `dit up` runs"
+    try:
+        usage = find_usage(settings.redis_url, settings.data)
+    except UsageUnknown as reason:
+        unknown = str(reason)
+    if usage is None:
+        typer.echo(f"dit: what is served and waited for is unknown: {unknown}", err=True)
+    rows = [
+        {
+            "model": model,
+            "version": version.hash[:12] or version.name,
+            "hash": version.hash or None,
+            "latest": version.is_latest,
+            "published_at": None if version.published_at is None else _iso(version.published_at),
+            "size_bytes": version.size_bytes,
+            "served": None if usage is None else (model, version.hash) in usage.served,
+            "jobs": None if usage is None else usage.jobs.get(version.hash, 0),
+            "error": version.error,
+        }
+        for model, entry in models(settings.checkpoints).items()
+        for version in versions(entry, thorough=verify)
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif rows:
+        _print_table([{name: value for name, value in row.items() if name != "hash"} | {"error": row["error"] or ""} for row in rows])
+    else:
+        typer.echo(f"no model in {settings.checkpoints.resolve()}")
+
+
+@models.command("publish")
+def publish_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a registry entry with versions.")],
+    model: Annotated[str, typer.Argument(help="The model's name; made if there is none.")],
+) -> None:
+    """Copy a checkpoint into the registry as the latest version of a model; workers that serve it take it over."""
+    from model.registry import publish
+
+    try:
+        identity = publish(_settings().checkpoints, model, checkpoint)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"published {checkpoint} as {model}, version {identity[:12]}")
+
+
+@models.command("rollback")
+def rollback_command(
+    model: ModelArgument,
+    version: Annotated[
+        str | None, typer.Argument(help="The beginning of its hash; by default the one published before the latest.")
+    ] = None,
+) -> None:
+    """Make an older version the latest."""
+    from model.registry import roll_back
+
+    try:
+        identity = roll_back(_entry(model), version)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"the latest version of {model} is {identity[:12]}")
+
+
+@models.command("remove")
+def remove_command(
+    model: ModelArgument,
+    version: Annotated[str, typer.Argument(help="The beginning of its hash.")],
+    force: ForceOption = False,
+) -> None:
+    """Delete a version that is not the latest and that no job and no worker needs."""
+    from model.registry import choose, remove
+
+    try:
+        entry = _entry(model)
+        chosen, usage = choose(entry, version), _usage(force)
+        needed = usage and usage.of(model, chosen.hash)
+        if needed:
+            fail(f"version {chosen.name} of {model} stays: {needed}")
+        typer.echo(f"removed version {remove(entry, chosen.name)} of {model}")
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+@models.command("prune")
+def prune_command(
+    model: ModelArgument,
+    keep: Annotated[int, typer.Option(min=0, help="Versions to keep besides the latest, the newest first.")] = 0,
+    force: ForceOption = False,
+) -> None:
+    """Delete every version that is not the latest and that no job and no worker needs."""
+    from model.registry import remove, versions
+
+    try:
+        entry, usage = _entry(model), _usage(force)
+        found = versions(entry)
+        if not any(version.is_latest and not version.error for version in found):
+            fail(f"nothing is removed: no sound version of {model} is the latest; publish one or roll back first")
+        superfluous = [version for version in found if not version.is_latest][keep:]
+        for version in superfluous:
+            needed = usage and usage.of(model, version.hash)
+            typer.echo(f"kept version {version.name}: {needed}" if needed else f"removed version {remove(entry, version.name)}")
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    if not superfluous:
+        typer.echo(f"nothing to remove of {model}")
+
+
+def _entry(model: str) -> Path:
+    from model.registry import models
+
+    registry = _settings().checkpoints
+    found = models(registry)
+    if model not in found:
+        raise ValueError(f"no model {model!r} in {registry.resolve()}, which has: {', '.join(found) or 'none'}")
+    return found[model]
+
+
+def _usage(force: bool) -> "Usage | None":
+    """What must not be removed; None if there is no queue, or if that was not to matter."""
+    from app.usage import UsageUnknown, find_usage
+
+    settings = _settings()
+    try:
+        return find_usage(settings.redis_url, settings.data)
+    except UsageUnknown as reason:
+        if not force:
+            fail(f"nothing is removed while jobs may need it ({reason}); --force removes it all the same")
+        return None
+
+
+@jobs.command("dead")
+def dead_command(as_json: JsonOption = False) -> None:
+    """Jobs that were given up since their workers died, the newest first."""
+    import json
+    from dataclasses import asdict
+
+    from redis.exceptions import RedisError
+
+    from app.dead import dead_jobs
+
+    try:
+        with _redis() as redis:
+            rows = [{**asdict(job), "ended_at": _iso(job.ended_at)} for job in dead_jobs(redis)]
+    except (RedisError, OSError) as error:
+        fail(f"Redis does not answer: {error}")
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif rows:
+        _print_table(rows)
+    else:
+        typer.echo("no job was given up")
+
+
+@jobs.command("requeue")
+def requeue_command(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]…")] = None,
+    all_of_them: Annotated[bool, typer.Option("--all", help="Every job that `dit jobs dead` lists.")] = False,
+) -> None:
+    """Start given up jobs afresh, with all their attempts."""
+    from redis.exceptions import RedisError
+
+    from app.dead import dead_jobs, requeue
+
+    if bool(ids) == all_of_them:
+        fail("name the jobs that shall start afresh, or say --all")
+    refused = False
+    try:
+        with _redis() as redis:
+            for job_id in ids or [job.id for job in dead_jobs(redis)]:
+                try:
+                    requeue(redis, job_id)
+                    typer.echo(f"job {job_id} waits again")
+                except ValueError as error:
+                    typer.echo(f"dit: {error}", err=True)
+                    refused = True
+    except (RedisError, OSError) as error:
+        fail(f"Redis does not answer: {error}")
+    if refused:
+        raise typer.Exit(1)
+
+
+def _redis() -> "Redis":
+    from app.usage import open_redis
+
+    settings = _settings()
+    try:
+        client = open_redis(settings.redis_url, settings.data)
+    except ValueError as error:
+        fail(f"DIT_REDIS_URL: {error}", CONFIGURATION_ERROR)
+    if client is None:
+        fail(f"there is no Redis to ask: DIT_REDIS_URL is not set, and no `dit up` runs over {settings.data.resolve()}")
+    return client
+
+
+def _iso(seconds: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    """A column per key; what is None is not known."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else ""
+        return "?" if value is None else str(value)
+
+    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
 @app.command("up")
 def up_command(
     model: Annotated[
@@ -230,11 +515,16 @@ def worker_command() -> None:
         serve(
             redis_url=settings.redis_url,
             registry=settings.checkpoints,
-            model=settings.model,
+            models=settings.models,
             device=settings.device,
             dtype=settings.dtype,
             max_rows=settings.max_rows,
             compile=settings.compile,
+            reproducible=settings.reproducible,
+            block_cache=settings.block_cache,
+            drain_s=settings.drain_seconds,
+            hang_s=settings.hang_seconds,
+            trace=settings.trace,
         )
     except ValueError as error:  # CheckpointError is one
         fail(str(error), CONFIGURATION_ERROR)

@@ -12,6 +12,8 @@ from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
+from redis.client import Pipeline
+from redis.exceptions import OutOfMemoryError, ResponseError
 from rq import Queue, Retry
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -27,6 +29,7 @@ CONNECTION: dict[str, Any] = {
     "max_connections": 2000,  # each caller that waits or watches holds one
 }
 _BLOCK_S = 2.0  # one blocking read; it must end well before the socket's timeout
+_RQ_RETRIES = 1_000_000  # never the limit: our own counts attempts, and rq's, which `rq info` applies too, would end jobs behind our back
 
 
 def new_id() -> str:
@@ -57,6 +60,7 @@ class JobStore:
         self.redis: Any = connection  # its answers are bytes here, which its types do not say
         self.queue_limit, self.result_ttl_s = queue_limit, result_ttl_s
         self._cancel = connection.register_script(protocol.CANCEL)
+        self._queues: dict[str, Queue] = {}  # each asks the server's version once
 
     async def models(self) -> list[ModelRecord]:
         """The models that workers serve now, by id."""
@@ -65,28 +69,27 @@ class JobStore:
         return [ModelRecord.parse(value) for value in values if value]
 
     async def submit(self, request: GenerationRequest, checkpoint: str) -> str:
-        """Queue a job and return its id; 429 when the queue is full."""
+        """Queue a job and return its id; 429 when the queue is full, 503 when Redis can take nothing."""
         queue_key = f"{Queue.redis_queue_namespace_prefix}{protocol.queue_name(request.model)}"
         waiting = await self.redis.llen(queue_key)
         if waiting >= self.queue_limit:
             raise Problem(429, f"{waiting} jobs wait already, and {self.queue_limit} may; try again later", retry_after_s=10)
         job_id = new_id()
-        await asyncio.to_thread(self._enqueue, job_id, request, checkpoint)
+        try:
+            await asyncio.to_thread(self._enqueue, job_id, request, checkpoint)
+        except ResponseError as error:
+            if problem := _refusal(error):
+                raise problem from error
+            raise
         return job_id
 
     def _enqueue(self, job_id: str, request: GenerationRequest, checkpoint: str) -> None:
-        """The record, its first event and the rq job in one transaction."""
-        queue = Queue(protocol.queue_name(request.model), connection=self.sync, serializer=JSONSerializer)
-        job = Job.create(
-            protocol.OPERATION,
-            connection=self.sync,
-            serializer=JSONSerializer,
-            id=job_id,
-            timeout=-1,  # leases, not rq's timeouts, tell a dead worker; -1 keeps rq from shortening them
-            result_ttl=60,
-            failure_ttl=self.result_ttl_s,
-            retry=Retry(max=protocol.MAX_ATTEMPTS - 1),
-            description=f"{request.num_images} × {request.steps} steps",
+        """The record, its first event, the rq job and a ring for a worker that waits, in one transaction: all of it is there, or nothing.
+
+        It is sent once: where the answer is lost, the client is told 503, and a job that was queued all the same runs and expires.
+        """
+        queue = self._queues.setdefault(
+            request.model, Queue(protocol.queue_name(request.model), connection=self.sync, serializer=JSONSerializer)
         )
         record: dict[Any, Any] = {
             "version": protocol.VERSION,
@@ -98,7 +101,7 @@ class JobStore:
             "created_at": time.time(),
         }
         with self.sync.pipeline() as pipeline:
-            queue.enqueue_job(job, pipeline=pipeline)  # first: it opens the transaction itself
+            enqueue(pipeline, queue, job_id, request, self.result_ttl_s)
             pipeline.hset(protocol.job_key(job_id), mapping=record)
             pipeline.xadd(protocol.events_key(job_id), {"event": "queued", "data": "{}"})
             pipeline.execute()
@@ -192,6 +195,35 @@ class JobStore:
         return status is None or status.decode() in FINAL
 
 
+def enqueue(pipeline: Pipeline, queue: Queue, job_id: str, request: GenerationRequest, result_ttl_s: int) -> None:
+    """Say on the pipeline, first of all since this opens its transaction, that an rq job waits; and ring for a worker that waits too."""
+    job = Job.create(
+        protocol.OPERATION,
+        connection=queue.connection,
+        serializer=JSONSerializer,
+        id=job_id,
+        timeout=-1,  # leases, not rq's timeouts, tell a dead worker; -1 keeps rq from shortening them
+        result_ttl=60,
+        failure_ttl=result_ttl_s,
+        retry=Retry(max=_RQ_RETRIES),
+        description=f"{request.num_images} × {request.steps} steps",
+    )
+    queue.enqueue_job(job, pipeline=pipeline)
+    bell = protocol.bell_key(request.model)
+    pipeline.lpush(bell, "1")
+    pipeline.ltrim(bell, 0, protocol.BELL_RINGS - 1)
+    pipeline.expire(bell, protocol.BELL_TTL_S)
+
+
+def _refusal(error: ResponseError) -> Problem | None:
+    """Why a Redis that is there takes nothing."""
+    if isinstance(error, OutOfMemoryError):
+        return Problem(503, "the queue (Redis) is out of memory; try again when results have expired", retry_after_s=30)
+    if "MISCONF" in str(error):
+        return Problem(503, "the queue (Redis) cannot write its disk; try again when that is mended", retry_after_s=30)
+    return None
+
+
 def public_request(request: GenerationRequest) -> dict[str, Any]:
     """The resolved request in the words of `POST /generate`, so that it can be posted again."""
     labels = list(request.class_labels)
@@ -204,6 +236,7 @@ def public_request(request: GenerationRequest) -> dict[str, Any]:
         "guidance_interval": list(request.guidance_interval),
         "guidance_channels": request.guidance_channels,
         "guidance_rescale": request.guidance_rescale,
+        **({"block_cache": request.block_cache} if request.block_cache > 1 else {}),
         "steps": request.steps,
         "sampler": request.sampler,
         **times,

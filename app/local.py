@@ -26,13 +26,14 @@ from redis.exceptions import RedisError
 
 from app.embedded import EmbeddedServer
 from app.imports import checkpoint_folder
-from app.settings import Settings
+from app.settings import Settings, load_settings
 from worker import protocol
 
 CONFIGURATION_ERROR = 78  # exit status of a child that would fail again in the same way (sysexits.h)
 PARENT = "DIT_SUPERVISOR"  # environment: the supervisor's process id, for end_with_supervisor()
 _RESTART_DELAYS_S = (0.2, 1.0, 5.0)  # by how often it died within the last minute
-_STOP_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 20.0  # that a child gets to end, besides what the worker's jobs get
+_HURRY_S = 1.5  # between two signals of which the second shall not be taken for the first one's double
 _POLL_S = 0.1
 
 
@@ -45,15 +46,18 @@ def end_with_supervisor() -> None:
     supervisor = os.environ.get(PARENT)
     if supervisor is None:
         return
+    stop_timeout_s = _STOP_TIMEOUT_S + load_settings().drain_seconds
 
     def watch() -> None:
         while os.getppid() == int(supervisor):
             time.sleep(0.5)
-        if os.getpgrp() == os.getpid():  # as `dit up` starts it: what this process started ends with it
-            os.killpg(0, signal.SIGTERM)
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_STOP_TIMEOUT_S)
+        whole_group = os.getpgrp() == os.getpid()  # as `dit up` starts it: what this process started ends with it
+        for pause_s in (_HURRY_S, stop_timeout_s):  # twice: a worker need not finish what it runs for a supervisor that was killed
+            if whole_group:
+                os.killpg(0, signal.SIGTERM)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause_s)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="supervisor-watch").start()
@@ -65,6 +69,7 @@ class Child:
 
     name: str
     environment: dict[str, str]
+    stop_timeout_s: float = _STOP_TIMEOUT_S
     process: subprocess.Popen[bytes] | None = None
     deaths: list[float] = field(default_factory=list)
     start_at: float = 0.0
@@ -96,11 +101,16 @@ class Child:
             return
         self.process.terminate()  # does nothing if it has ended
         try:
-            self.process.wait(_STOP_TIMEOUT_S)
+            self.process.wait(self.stop_timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         _end_group(self.process)
+
+    def hurry(self) -> None:
+        """A second SIGTERM: the worker gives its jobs back at once."""
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -123,8 +133,12 @@ def up(settings: Settings, model: str | None = None) -> None:
     `model` is a checkpoint folder, or what `dit import` takes; without it, the settings' registry is served.
     """
     stop = threading.Event()
+    children: list[Child] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            for child in children:
+                child.hurry()
         stop.set()
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -134,16 +148,15 @@ def up(settings: Settings, model: str | None = None) -> None:
         chosen = _serving(settings, model, stop) if model is not None else settings
         if not stop.is_set():
             _check_registry(chosen.checkpoints)
-            _run(chosen, stop)
+            _run(chosen, children, stop)
     finally:
         lock.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _run(settings: Settings, stop: threading.Event) -> None:
+def _run(settings: Settings, children: list[Child], stop: threading.Event) -> None:
     server: EmbeddedServer | None = None
-    children: list[Child] = []
     try:
         if settings.redis_url:
             url = settings.redis_url
@@ -156,7 +169,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
             _forget_models(server)
             url = server.url
         environment = {**os.environ, "DIT_REDIS_URL": url, PARENT: str(os.getpid()), **_model_variables(settings)}
-        children = [Child("api", environment), Child("worker", environment)]
+        children += [Child("api", environment), Child("worker", environment, _STOP_TIMEOUT_S + settings.drain_seconds)]
         say("starting the API and a worker, which loads the checkpoint and warms up")
         _watch(settings, children, server, stop)
     finally:

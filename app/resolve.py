@@ -34,8 +34,10 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
         errors.append(field_error("sampler", sampler, f"model {record.id} ({record.objective}) can do: {', '.join(record.samplers)}"))
     if steps > record.max_steps:
         errors.append(field_error("steps", steps, f"model {record.id} takes 1 … {record.max_steps}"))
-    spacing, eta, shift = _times(body, record, sampler, quality.get("spacing"), errors)
-    low, high = (float(v) for v in body.guidance_interval or (0.0, 1.0))
+    # A spacing was measured with its sampler; with another one it would mean other times.
+    measured_spacing = quality.get("spacing") if sampler == settings["sampler"] else None
+    spacing, eta, shift = _times(body, record, sampler, measured_spacing, errors)
+    low, high = _guidance_interval(body, record, quality, scale)
     if low > high:
         errors.append(field_error("guidance_interval", [low, high], "must be [low, high] with low ≤ high"))
     last = MAX_SEED - len(labels) + 1
@@ -44,6 +46,9 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
         errors.append(
             field_error("seed", seed, f"must be at most {last} for {len(labels)} images, which use seed … seed + {len(labels) - 1}")
         )
+    block_cache = body.block_cache or int(settings.get("block_cache", 1))
+    if block_cache > 1 and not record.block_cache:
+        errors.append(field_error("block_cache", block_cache, f"the workers of model {record.id} have none; DIT_BLOCK_CACHE turns it on"))
     if errors:
         raise invalid(errors)
     return GenerationRequest(
@@ -59,7 +64,20 @@ def resolve(body: GenerateRequest, record: ModelRecord) -> GenerationRequest:
         shift=shift,
         guidance_channels=body.guidance_channels or ALL_CHANNELS,
         guidance_rescale=float(body.guidance_rescale or 0),
+        block_cache=block_cache,
     )
+
+
+def _guidance_interval(body: GenerateRequest, record: ModelRecord, quality: dict[str, Any], scale: float) -> tuple[float, float]:
+    """The request's own; else the one measured together with the scale: of the quality if that names a scale, else of the defaults.
+
+    Another scale is for all times. Who asks for more or less guidance than was measured means all of it, and an interval that suits one
+    scale need not suit another.
+    """
+    measured = quality if "guidance_scale" in quality else {**record.defaults, **quality}
+    tuned = measured.get("guidance_interval") if scale == measured["guidance_scale"] else None
+    low, high = body.guidance_interval or tuned or (0.0, 1.0)
+    return float(low), float(high)
 
 
 def _times(

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Stric
 
 MAX_IMAGES = 64
 MAX_SHIFT = 100
+MAX_BLOCK_CACHE = 8
 MAX_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
 ClassLabel = StrictInt | Annotated[StrictStr, Field(max_length=200)] | None
@@ -46,6 +47,9 @@ class GenerateRequest(BaseModel):
     )
     guidance_rescale: Fraction | None = Field(
         default=None, description="How far the guided output is shrunk back to the conditional one's spread."
+    )
+    block_cache: Annotated[StrictInt, Field(ge=1, le=MAX_BLOCK_CACHE)] | None = Field(
+        default=None, description="Run the middle blocks at every n-th evaluation only, if the worker has a block cache; 1 is always."
     )
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None, description="Picture i uses seed + i; drawn when absent."
@@ -104,6 +108,7 @@ class ModelView(BaseModel):
     checkpoint: str
     device: str
     dtype: str
+    block_cache: bool = Field(description="Whether requests may ask for a block cache.")
 
 
 class ModelList(BaseModel):

@@ -21,7 +21,7 @@ from model.cost import dit_cost
 from model.dit import DiT
 from model.export import to_transformer
 from training.runlog import commit, hardware
-from worker.runner import elapsed
+from worker.device import elapsed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -1,8 +1,8 @@
 """The paper's four transformer blocks (Peebles & Xie 2022, §3.2, Fig. 3), and the final layer.
 
 They differ in how the condition enters. Each is called as `block(x, condition, rotary)`:
-x (B, N, D) tokens · condition (B, D), SiLU applied, for the adaptive blocks, (B, 2, D), time and class, for cross-attention, and unused in
-context · rotary, a table of 2-D rotary positions or None.
+x (B, N, D) tokens · condition, what its own `adaLN_modulation` made of time and class for the adaptive blocks, (B, 2, D), time and class,
+for cross-attention, and unused in context · rotary, a table of 2-D rotary positions or None.
 """
 
 from torch import Tensor, nn
@@ -28,11 +28,10 @@ class Modulation(nn.Sequential):
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts = parts
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """SiLU(t + y) (B, D) → `parts` × (B, D)."""
-        return self[1](condition).chunk(self.parts, dim=1)
+    def forward(self, condition: Tensor) -> Tensor:
+        """SiLU(t + y) (B, D) → (B, parts·D)."""
+        return self[1](condition)
 
 
 class _Block(nn.Module):
@@ -55,7 +54,7 @@ class AdaLNZeroBlock(_Block):
         self.adaLN_modulation = Modulation(config.hidden_size, 6)
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.chunk(6, dim=1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a), rotary)
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
@@ -68,7 +67,7 @@ class AdaLNBlock(_Block):
         self.adaLN_modulation = Modulation(config.hidden_size, 4)
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
-        shift_a, scale_a, shift_m, scale_m = self.adaLN_modulation(condition)
+        shift_a, scale_a, shift_m, scale_m = condition.chunk(4, dim=1)
         x = x + self.attn(modulate(self.norm1(x), shift_a, scale_a), rotary)
         return x + self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
@@ -114,7 +113,9 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(config.hidden_size, 2) if adaptive else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`condition` as for a block: (B, 2D) made by its own `adaLN_modulation`, or unused."""
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
-            x = modulate(x, *self.adaLN_modulation(condition))
+            shift, scale = condition.chunk(2, dim=1)
+            x = modulate(x, shift, scale)
         return self.linear(x)

@@ -20,6 +20,7 @@ from model.config import DiTConfig, ObjectiveConfig, VAEConfig, stored
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
 from model.flow import RectifiedFlow
+from model.folders import exchange, fsync
 from model.samplers import available_samplers, available_spacings, max_steps, own_spacing
 from model.vae import VAE
 
@@ -48,8 +49,10 @@ class CheckpointConfig:
     default_guidance_scale: float
     default_sampler: str
     default_spacing: str | None = None  # of a diffusion's times with the default sampler; None is that sampler's own
+    default_guidance_interval: tuple[float, float] | None = None  # of t/T, with the default guidance scale; None is all of it
     vae: VAEConfig | None = None
-    quality: dict[str, dict[str, Any]] = field(default_factory=dict)  # draft, standard, best → steps, sampler, guidance_scale
+    quality: dict[str, dict[str, Any]] = field(default_factory=dict)  # draft, standard, best → steps, sampler, guidance_scale, …
+    tuning: dict[str, Any] = field(default_factory=dict)  # what `dit tune` measured, and how
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -73,17 +76,26 @@ class CheckpointConfig:
             raise ValueError(f"the default steps must be between 1 and {max_steps(self.objective)}, got {self.default_steps}")
         if self.default_spacing is not None and self.default_spacing not in available_spacings(self.objective):
             raise ValueError(f"the default spacing {self.default_spacing!r} is none of this model's")
+        low, high = self.default_guidance_interval or (0.0, 1.0)
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"the default guidance interval must be [low, high] with 0 ≤ low ≤ high ≤ 1, got [{low}, {high}]")
 
     def spacing_of(self, sampler: str) -> str | None:
         """The spacing of a request that names none; None for flow."""
         given = self.default_spacing if sampler == self.default_sampler else None
         return given or own_spacing(self.objective, sampler)
 
+    def guidance_interval_of(self, guidance_scale: float) -> tuple[float, float]:
+        """The interval of a request that names none: the default one was chosen together with its scale."""
+        return (self.default_guidance_interval if guidance_scale == self.default_guidance_scale else None) or (0.0, 1.0)
+
     @property
     def defaults(self) -> dict[str, Any]:
         """What a request that leaves them out gets."""
+        values = {"steps": self.default_steps, "guidance_scale": self.default_guidance_scale, "sampler": self.default_sampler}
         spacing = {"spacing": self.default_spacing} if self.default_spacing else {}
-        return {"steps": self.default_steps, "guidance_scale": self.default_guidance_scale, "sampler": self.default_sampler, **spacing}
+        interval = {"guidance_interval": list(self.default_guidance_interval)} if self.default_guidance_interval else {}
+        return {**values, **spacing, **interval}
 
 
 @dataclass
@@ -135,6 +147,7 @@ def _describe(config: CheckpointConfig) -> dict[str, Any]:
         "quality": config.quality,
         "provenance": config.provenance,
         "metrics": config.metrics,
+        **({"tuning": config.tuning} if config.tuning else {}),
     }
 
 
@@ -145,14 +158,6 @@ def _identity(document: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(decisive)).hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_manifest(folder: Path, config: CheckpointConfig) -> str:
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
     document = _describe(config)
@@ -161,26 +166,18 @@ def _write_manifest(folder: Path, config: CheckpointConfig) -> str:
     document["checksum"] = hashlib.sha256(_canonical(document)).hexdigest()
     (folder / MANIFEST).write_bytes(_canonical(document))
     for path in folder.iterdir():
-        _fsync(path)
-    _fsync(folder)
+        fsync(path)
+    fsync(folder)
     return str(document["hash"])
 
 
 def _replace_folder(staged: Path, target: Path, overwrite: bool) -> None:
-    """Put a finished folder in the target's place; to overwrite, an older folder there is moved aside first and removed after."""
-    aside = None
+    """Put a finished folder in the target's place. An older one there is `staged` afterwards, and a reader always finds one of them."""
     if overwrite and target.exists():
-        aside = target.with_name(f".{target.name}.old-{os.getpid()}")
-        os.rename(target, aside)
-    try:
+        exchange(staged, target)
+    else:
         os.rename(staged, target)  # OSError if a folder has appeared there meanwhile
-    except BaseException:
-        if aside:
-            os.rename(aside, target)
-        raise
-    _fsync(target.parent)
-    if aside:
-        shutil.rmtree(aside)
+    fsync(target.parent)
 
 
 def _stage(target: Path) -> Path:
@@ -221,8 +218,10 @@ def save(
     return identity
 
 
-def annotate(path: str | Path, *, metrics: dict[str, Any], card: str, files: dict[str, bytes]) -> None:
-    """Replace metrics, model card and extra files (a grid) of a saved checkpoint. The weights, and so the hash, stay."""
+def annotate(path: str | Path, *, card: str, files: dict[str, bytes], **changes: Any) -> None:
+    """Replace the model card, extra files (a grid, a plot) and fields of CheckpointConfig that describe a saved checkpoint: metrics,
+    defaults, quality, tuning. ValueError for a change that decides pictures, since the hash must stay.
+    """
     target = resolve(path)
     document = verify(target)
     staged = _stage(target)
@@ -232,7 +231,9 @@ def annotate(path: str | Path, *, metrics: dict[str, Any], card: str, files: dic
         for name, content in files.items():
             (staged / name).write_bytes(content)
         (staged / "README.md").write_text(card)
-        _write_manifest(staged, replace(_parse(document, target), metrics=metrics))
+        identity = _write_manifest(staged, replace(_parse(document, target), **changes))
+        if identity != document["hash"]:
+            raise ValueError(f"{', '.join(changes)}: this would make another checkpoint of {target}; save it as one")
         _replace_folder(staged, target, overwrite=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -296,6 +297,13 @@ def _build(kind: type[C], values: dict[str, Any], where: Path) -> C:
         raise CheckpointError(f"{where}: {error}") from error
 
 
+def _interval(values: list[float] | None) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    low, high = values
+    return float(low), float(high)
+
+
 def _parse(document: dict[str, Any], folder: Path) -> CheckpointConfig:
     where = folder / MANIFEST
     try:
@@ -310,18 +318,29 @@ def _parse(document: dict[str, Any], folder: Path) -> CheckpointConfig:
             default_guidance_scale=document["defaults"]["guidance_scale"],
             default_sampler=document["defaults"]["sampler"],
             default_spacing=document["defaults"].get("spacing"),
+            default_guidance_interval=_interval(document["defaults"].get("guidance_interval")),
             quality=document["quality"],
             provenance=document["provenance"],
             metrics=document["metrics"],
+            tuning=document.get("tuning", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error!r}") from error
 
 
+def _verified(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint folder that a path leads to, and its manifest; looked at again where an entry just becomes one of several versions."""
+    folder = resolve(path)
+    try:
+        return folder, verify(folder)
+    except FileNotFoundError:
+        folder = resolve(path)
+        return folder, verify(folder)
+
+
 def read_config(path: str | Path) -> tuple[CheckpointConfig, str]:
     """What a verified checkpoint says of itself, and its hash; builds no module."""
-    folder = resolve(path)
-    document = verify(folder)
+    folder, document = _verified(path)
     return _parse(document, folder), str(document["hash"])
 
 
@@ -346,8 +365,7 @@ def _load_module(module: M, path: Path, device: torch.device, dtype: torch.dtype
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
     """Verify and load a checkpoint folder or registry entry; dtype defaults to what is stored. Raises CheckpointError."""
-    folder = resolve(path)
-    document = verify(folder)
+    folder, document = _verified(path)
     config, where = _parse(document, folder), torch.device(device)
     with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced at once
         empty_dit, empty_vae = DiT(config.architecture), VAE(config.vae) if config.vae else None

@@ -26,6 +26,9 @@ def stored(config: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in at_default}
 
 
+TIME_FEATURES = {"official": 0, "diffusers": 1}  # → DiTConfig.frequency_shift, by whose code the network is to be evaluated
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Shape and conventions of a DiT (Peebles & Xie 2022, §3.2). Every default below is the paper's."""
@@ -41,7 +44,7 @@ class DiTConfig:
     learn_sigma: bool = True  # 2C output channels: noise and the covariance's v
     norm_eps: float = 1e-6  # of every norm but the one before the MLP
     time_factor: float = 1.0  # t is multiplied by this before its features: 1 for steps 0…999, 1000 for flow time 0…1
-    frequency_shift: int = 0  # feature frequencies are 10⁴^(−i/(128−shift)): 0 official code, 1 diffusers
+    frequency_shift: int = 0  # feature frequencies are 10⁴^(−i/(128−shift)); see TIME_FEATURES
     mlp_norm_eps: float = _added(1e-6)  # of the norm before a block's MLP, which diffusers gives 1e-5 unless told
     block: str = _added("adaln-zero")
     qk_norm: bool = _added(False)  # beyond the paper: q and k normalised per head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import MANIFEST, Checkpoint, CheckpointConfig
-from model.config import PAPER_VAE_FACTOR, DiTConfig, ObjectiveConfig, VAEConfig, preset_heads
+from model.config import PAPER_VAE_FACTOR, TIME_FEATURES, DiTConfig, ObjectiveConfig, VAEConfig, preset_heads
 from model.diffusers_folder import ignored_sampling, read_objective, read_transformer, read_vae, require_agreement, transformer_heads
 from model.dit import DiT
 from model.formats import CLASS_TABLE, DIFFUSERS, OFFICIAL, architecture_of, our_state
@@ -17,7 +17,6 @@ from model.labels import Labels, complete, parse_labels, read_labels
 from model.sources import ConversionError, Weights, find_weights, locate, read_json, read_weights
 from model.vae import VAE
 
-TIME_FEATURES = {"official": 0, "diffusers": 1}  # → DiTConfig.frequency_shift
 _DIVISORS = {0: "128, as in the official code", 1: "127, as DiTPipeline computes them"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

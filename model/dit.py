@@ -88,18 +88,75 @@ class DiT(nn.Module):
             return F.silu(time + label)
         return torch.stack([time, label], dim=1)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        dtype = self.x_embedder.proj.weight.dtype
+    def conditions(self, t: Tensor, y: Tensor) -> list[Tensor]:
+        """What each block, and last the final layer, is told of time t (B,) and class y (B,): nothing in it depends on x."""
         condition = self.condition(t, y)
+        if self.config.block not in ADAPTIVE:
+            return [condition] * (len(self.blocks) + 1)
+        return [layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)]
+
+    def prepare(self, t: Tensor, y: Tensor) -> Tensor:
+        """`conditions` as one row (B, L) of a table, from which `denoise` takes them; each (time, class) need be prepared only once."""
+        parts = self.conditions(t, y)
+        return torch.cat(parts, dim=1) if self.config.block in ADAPTIVE else parts[0].flatten(1)
+
+    def denoise(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """`forward` with what `prepare` made of its time and class."""
+        return self._run(x, self._split(prepared))[0]
+
+    def denoise_cached(self, x: Tensor, prepared: Tensor, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`cached` with what `prepare` made of its time and class."""
+        return self._run(x, self._split(prepared), keep=True, change=change)
+
+    def _split(self, prepared: Tensor) -> list[Tensor]:
+        if self.config.block in ADAPTIVE:
+            return list(prepared.split(self.prepared_sizes, dim=1))
+        return [prepared.unflatten(1, (CONTEXT_TOKENS, -1))] * (len(self.blocks) + 1)
+
+    @property
+    def prepared_sizes(self) -> list[int]:
+        """Numbers per row that `prepare` makes, L in all, by the layer that takes them."""
+        if self.config.block not in ADAPTIVE:
+            return [CONTEXT_TOKENS * self.config.hidden_size]
+        return [layer.adaLN_modulation[1].out_features for layer in (*self.blocks, self.final_layer)]
+
+    @property
+    def middle(self) -> range:
+        """The blocks that a block cache may leave out: all but the first and the last quarter."""
+        ends = -(-len(self.blocks) // 4)
+        return range(ends, max(ends, len(self.blocks) - ends))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self._run(x, self.conditions(t, y))[0]
+
+    def cached(self, x: Tensor, t: Tensor, y: Tensor, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`, and by how much the middle blocks changed the tokens (B, N, D). Given the change that they made at an evaluation
+        shortly before, they do not run: it is made again (the idea of Ma et al. 2024, DeepCache, on a transformer's residual stream)."""
+        return self._run(x, self.conditions(t, y), keep=True, change=change)
+
+    def _run(self, x: Tensor, conditions: list[Tensor], *, keep: bool = False, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """→ output, and the middle's change: what was given, or with `keep` what was made, or else nothing of use."""
+        dtype = self.x_embedder.proj.weight.dtype
         h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)  # (B, N, D)
         in_context = self.config.block == "in-context"
         if in_context:
-            h = torch.cat([condition, h], dim=1)  # (B, 2 + N, D)
-        for block in self.blocks:
-            h = block(h, condition, self.rotary)
+            h = torch.cat([conditions[0], h], dim=1)  # (B, 2 + N, D)
+        middle = self.middle
+        h = self._through(range(middle.start), h, conditions)
+        if change is None:
+            before, h = h, self._through(middle, h, conditions)
+            change = h - before if keep else h
+        else:
+            h = h + change
+        h = self._through(range(middle.stop, len(self.blocks)), h, conditions)
         if in_context:
             h = h[:, CONTEXT_TOKENS:]
-        return self.unpatchify(self.final_layer(h, condition)).to(x.dtype)
+        return self.unpatchify(self.final_layer(h, conditions[-1])).to(x.dtype), change
+
+    def _through(self, blocks: range, h: Tensor, conditions: list[Tensor]) -> Tensor:
+        for i in blocks:
+            h = self.blocks[i](h, conditions[i], self.rotary)
+        return h
 
     def unpatchify(self, h: Tensor) -> Tensor:
         """(B, N, p·p·C_out) → (B, C_out, H, W)."""

@@ -80,6 +80,11 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def runs_all_blocks(guided: Sequence[bool], every: int) -> list[bool]:
+    """Per evaluation, with a block cache that is renewed at every n-th: also where guidance begins, whose null row has none yet."""
+    return [i % every == 0 or (now and not before) for i, (now, before) in enumerate(zip(guided, [False, *guided], strict=False))]
+
+
 @torch.inference_mode()
 def sample_latents(
     dit: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -92,24 +97,33 @@ def sample_latents(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: int | None = None,
     guidance_rescale: float = 0.0,
+    block_cache: int = 1,
+    cached: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None,
     seeds: Tensor,
 ) -> Tensor:
     """Latents (B, C, H, W) of pure noise → clean latents, all requests in step.
 
     A request costs two rows while it is guided (scale ≠ 1 and t/T inside the interval), else one. `guidance_channels` is by default all.
+    `block_cache` n > 1: all blocks run at every n-th evaluation only; then the network is `cached`, as DiT.cached, in place of `dit`.
     """
+    assert block_cache == 1 or cached is not None
     channels = latents.shape[1]
     low, high = guidance_interval
     state = torch.cat([latents[:, None], torch.zeros_like(latents[:, None]).expand(-1, table.states - 1, -1, -1, -1)], dim=1)
     with_null = torch.cat([labels, torch.full_like(labels, null_class)])
     # On the device before the loop: a copy in a step would wait for the device.
     columns = [v.to(latents.device, latents.dtype) for v in (table.a, table.b, table.d, table.log_variance_low, table.log_variance_high)]
-    for i in range(table.evaluations):
+    all_guided = [guidance_scale != 1.0 and low <= fraction <= high for fraction in table.fraction.tolist()]
+    renewed, change = runs_all_blocks(all_guided, block_cache), None
+    for i, guided in enumerate(all_guided):
         x = state[:, 0]
-        guided = guidance_scale != 1.0 and low <= float(table.fraction[i]) <= high
         rows = torch.cat([x, x]) if guided else x
         t = torch.full((rows.shape[0],), float(table.t[i]), device=x.device)
-        out = dit(rows, t, with_null if guided else labels)
+        y = with_null if guided else labels
+        if cached and block_cache > 1:
+            out, change = cached(rows, t, y, None if renewed[i] or change is None else change[: len(rows)])
+        else:
+            out = dit(rows, t, y)
         if guided:
             conditional, unconditional = out.chunk(2)
             out = guide(conditional, unconditional, guidance_scale, guidance_channels or channels, guidance_rescale or None)
@@ -135,6 +149,7 @@ def sample(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: int | None = None,
     guidance_rescale: float = 0.0,
+    block_cache: int = 1,
 ) -> Tensor:
     """Class indices (None: unconditional) and seeds, one of each per picture → uint8 images (B, H, W, channels).
 
@@ -165,6 +180,8 @@ def sample(
         guidance_interval=guidance_interval,
         guidance_channels=guidance_channels,
         guidance_rescale=guidance_rescale,
+        block_cache=block_cache,
+        cached=checkpoint.dit.cached,
         seeds=seed,
     )
     return to_pixels(checkpoint.vae.decode(latents))[:count]

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from model.config import VAEConfig
 
+TILED_FROM = 512  # pixels; pictures of this size are decoded in tiles, which bounds the memory of a batch
+_TILE = 3 / 4  # of a side; neighbours share a quarter of a tile, over which they are blended
+
 
 def build_autoencoder(config: VAEConfig) -> AutoencoderKL:
     levels = len(config.block_out_channels)
@@ -36,6 +39,8 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.autoencoder: Any = build_autoencoder(config)
+        self.autoencoder.tile_sample_min_size = int(_TILE * config.image_size)
+        self.autoencoder.tile_latent_min_size = int(_TILE * config.latent_size)
         channels = config.latent_channels
         for name, values, default in (("latent_mean", config.latent_mean, 0.0), ("latent_std", config.latent_std, 1.0)):
             self.register_buffer(name, torch.tensor(values or (default,) * channels, device="cpu").view(1, -1, 1, 1), persistent=False)
@@ -59,5 +64,6 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, C, h, w) → images in about [−1, 1], float32."""
-        raw = latents.float() * self.latent_std.float() + self.latent_mean.float()
-        return self.autoencoder.decode(raw.to(self.autoencoder.dtype), return_dict=False)[0].float()
+        raw = (latents.float() * self.latent_std.float() + self.latent_mean.float()).to(self.autoencoder.dtype)
+        decode = self.autoencoder.tiled_decode if self.config.image_size >= TILED_FROM else self.autoencoder.decode
+        return decode(raw, return_dict=False)[0].float()

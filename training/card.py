@@ -8,7 +8,7 @@ from typing import Any
 from model.checkpoint import CheckpointConfig
 from model.config import DiTConfig, ObjectiveConfig
 
-GRID = "grid.png"
+GRID, TUNING_PLOT = "grid.png", "tuning.png"
 _MISSING = "not recorded"
 
 
@@ -32,8 +32,21 @@ def measures(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def settings_line(metrics: dict[str, Any]) -> str:
     """How the pictures of `measures` were drawn, in one line."""
-    known = {name: metrics.get(name, "?") for name in ("samples", "sampler", "steps", "guidance_scale", "dtype")}
-    return "{samples} pictures: {sampler}, {steps} steps, guidance {guidance_scale}, {dtype}".format(**known)
+    return f"{metrics.get('samples', '?')} pictures: {setting_in_words(metrics)}, {metrics.get('dtype', '?')}"
+
+
+def setting_in_words(entry: dict[str, Any]) -> str:
+    """A setting as it stands in `checkpoint.json`; what is no choice (guidance at all times, no cache) is left out."""
+    low, high = entry.get("guidance_interval", (0, 1))
+    scale = f"{entry['guidance_scale']:g}" if "guidance_scale" in entry else "?"
+    parts = [
+        f"{entry.get('sampler', '?')}",
+        f"{entry.get('steps', '?')} steps",
+        f"guidance {scale}" + (f" in t/T {low:g}–{high:g}" if (low, high) != (0, 1) else ""),
+        *([f"{entry['spacing']} spacing"] if "spacing" in entry else []),
+        *([f"block cache {entry['block_cache']}"] if "block_cache" in entry else []),
+    ]
+    return ", ".join(parts)
 
 
 def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
@@ -44,9 +57,14 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         _use(config),
         *([_origin(config)] if "imported" in config.provenance else [_data(config), _training(config)]),
         _metrics(metrics),
+        _tuning(config),
         _limits(config),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def _share(metrics: dict[str, Any], name: str) -> str:
@@ -75,7 +93,7 @@ def _title(config: CheckpointConfig) -> str:
         f"A Diffusion Transformer (Peebles & Xie 2022) with {_network(dit)}{latents}: "
         f"{counted}width {dit.hidden_size}, depth {dit.depth}, {dit.num_heads} heads, patch {dit.patch_size}, {dit.num_tokens} tokens; "
         f"trained as {_objective(config.objective, dit.learn_sigma)}. "
-        f"Defaults: {config.default_sampler}, {config.default_steps} steps, guidance {config.default_guidance_scale:g}."
+        f"Defaults: {setting_in_words(config.defaults)}."
     )
 
 
@@ -183,6 +201,29 @@ def _metrics(metrics: dict[str, Any]) -> str:
         f"Took {metrics.get('minutes', '?')} minutes on {metrics.get('hardware', 'unrecorded hardware')}, "
         f"source at commit `{metrics.get('commit') or 'unknown'}`."
     )
+
+
+def _tuning(config: CheckpointConfig) -> str:
+    told = config.tuning
+    if not told:
+        return ""
+    cached = [("–", entry) for entry in told["table"] if "block_cache" in entry]
+    return (
+        f"## Quality and speed\n\n```sh\n{told['command']}\n```\n\n"
+        "| quality | setting | network evaluations of a picture | Fréchet distance | class consistency |\n|---|---|---|---|---|\n"
+        + "\n".join(_quality_row(name, entry) for name, entry in [*config.quality.items(), *cached])
+        + f"\n\n![distance over evaluations]({TUNING_PLOT})\n\n"
+        f"{len(told['table'])} measurements: first with {told['samples']} pictures a setting, then the best of them again with "
+        f"{told['final_samples']}, which alone decide. A guided evaluation counts twice. *best* has the lowest distance, *standard*, the "
+        f"default, the fewest evaluations within {_percent(told['within']['standard'])} of it, *draft* the fewest within "
+        f"{_percent(told['within']['draft'])}. Drawn in {told['dtype']}; {told['minutes']:g} minutes on {told['hardware']}, "
+        f"source at commit `{told['commit'] or 'unknown'}`."
+    )
+
+
+def _quality_row(name: str, entry: dict[str, Any]) -> str:
+    values = setting_in_words(entry), entry["evaluations"], _number(entry, "frechet_distance"), _share(entry, "class_consistency")
+    return f"| {name} | {' | '.join(map(str, values))} |"
 
 
 def _limits(config: CheckpointConfig) -> str:

@@ -75,6 +75,10 @@ class Judgement:
     predicted: Tensor  # (B,) int64, on the CPU
 
 
+def joined(parts: list[Judgement]) -> Judgement:
+    return Judgement(torch.cat([p.features for p in parts]), torch.cat([p.predicted for p in parts]))
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A trained judge, and what is recorded of it."""

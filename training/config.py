@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from model.config import DiTConfig, ObjectiveConfig
+from model.config import TIME_FEATURES, DiTConfig, ObjectiveConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 _FLOW_TIME_FACTOR = 1000.0  # flow time 0…1 seen by the embedding on the scale of diffusion steps
@@ -78,10 +78,13 @@ class DiTRecipe:
     prediction: str = "noise"
     min_snr_gamma: float = 0.0
     flow_time: str = "logit-normal"
+    time_features: str = "official"  # or "diffusers", for a network that DiTPipeline shall run too
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in 0 … 1, got {self.label_dropout}")
+        if self.time_features not in TIME_FEATURES:
+            raise ValueError(f"time_features must be one of: {', '.join(TIME_FEATURES)}; got {self.time_features!r}")
         self.objective_config()
         if self.learn_sigma and self.objective == "flow":
             raise ValueError("learn_sigma belongs to the objective 'diffusion': a flow has no covariance to learn")
@@ -102,6 +105,7 @@ class DiTRecipe:
             num_classes=num_classes,
             learn_sigma=self.learn_sigma,
             time_factor=_FLOW_TIME_FACTOR if self.objective == "flow" else 1.0,
+            frequency_shift=TIME_FEATURES[self.time_features],
             block=self.block,
             qk_norm=self.qk_norm,
             rms_norm=self.rms_norm,

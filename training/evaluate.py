@@ -5,10 +5,9 @@ Real images, reconstructions and pictures all reach it as uint8.
 """
 
 import io
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, CheckpointConfig, annotate, load, read_config, resolve
-from model.samplers import available_samplers, build_table
-from model.sampling import sample, to_pixels
+from model.sampling import to_pixels
 from model.vae import VAE
 from training.card import GRID, measures, model_card, settings_line
-from training.classifier import Classifier, ClassifierConfig, Judgement, get_classifier
+from training.classifier import Classifier, ClassifierConfig, Judgement, get_classifier, joined
 from training.config import DataConfig
 from training.data import Dataset, Split, load_dataset, to_float
+from training.draw import Drawer, Setting, default_setting
 from training.loop import grid
 from training.metrics import class_consistency, frechet_distance
 from training.runlog import command, commit, hardware
 
 GRID_COLUMNS, GRID_MAX_ROWS = 10, 40
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the pictures are drawn; what was not asked for is the checkpoint's own default."""
-
-    samples: int
-    steps: int
-    guidance_scale: float
-    sampler: str
-
-    def check(self, config: CheckpointConfig) -> None:
-        """ValueError before minutes are spent."""
-        if self.samples < max(2, len(config.labels)):
-            raise ValueError(f"samples must be at least the number of classes, {len(config.labels)}, got {self.samples}")
-        if not (math.isfinite(self.guidance_scale) and 1 <= self.guidance_scale <= 20):
-            raise ValueError(f"guidance_scale must be between 1 and 20, got {self.guidance_scale}")
-        known = available_samplers(config.objective, config.architecture.learn_sigma)
-        if self.sampler not in known:
-            raise ValueError(f"sampler {self.sampler!r} does not fit this checkpoint, which has: {', '.join(known)}")
-        build_table(config.objective, self.sampler, self.steps)
 
 
 def evaluate(
@@ -76,24 +54,19 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load(folder, device)
     config = checkpoint.config
-    settings = Settings(
-        samples,
-        config.default_steps if steps is None else steps,
-        config.default_guidance_scale if guidance_scale is None else guidance_scale,
-        sampler or config.default_sampler,
-    )
-    settings.check(config)
-    if checkpoint.vae is None:
-        raise ValueError(f"{folder} has no VAE, so its latents cannot become pictures")
+    setting = default_setting(config, steps, guidance_scale, sampler)
+    setting.table(config)
+    require_pictures(config, samples)
     dataset = matching_dataset(config, data)
     _say_if_unbalanced(dataset.test, show)
 
     classifier = get_classifier(dataset, cache, device, classifier_config)
     show(f"classifier {'from' if classifier.from_cache else 'kept in'} {cache / classifier.key}")
-    pictures, shown = judge_pictures(checkpoint, classifier, settings, batch_size)
-    reconstructions = judge_reconstructions(checkpoint.vae, classifier, dataset.test, batch_size)
+    drawer = Drawer(checkpoint, min(batch_size, samples), compile=False)
+    pictures, shown = judge_pictures(drawer, classifier, setting, samples)
+    reconstructions = judge_reconstructions(drawer.vae, classifier, dataset.test, batch_size)
     metrics = measure(dataset, classifier, pictures, reconstructions)
-    metrics |= asdict(settings) | {"dtype": str(checkpoint.dit.x_embedder.proj.weight.dtype).removeprefix("torch.")}
+    metrics |= {"samples": samples, **setting.entry(), "dtype": drawer.dtype}
     metrics |= {"command": command(), "hardware": hardware(), "commit": commit(), "minutes": round((time.perf_counter() - began) / 60, 1)}
     for line in table(metrics):
         show(line)
@@ -101,6 +74,14 @@ def evaluate(
         _keep(folder, checkpoint, metrics, shown)
         show(f"wrote metrics, README.md and {GRID} to {folder}")
     return metrics
+
+
+def require_pictures(config: CheckpointConfig, samples: int) -> None:
+    """ValueError for a checkpoint that draws none, or for too few of them."""
+    if config.vae is None:
+        raise ValueError("this checkpoint has no VAE, so its latents cannot become pictures")
+    if samples < max(2, len(config.labels)):
+        raise ValueError(f"samples must be at least the number of classes, {len(config.labels)}, got {samples}")
 
 
 def matching_dataset(config: CheckpointConfig, data: Path) -> Dataset:
@@ -120,26 +101,18 @@ def _say_if_unbalanced(split: Split, show: Callable[[str], None]) -> None:
         )
 
 
-def judge_pictures(checkpoint: Checkpoint, classifier: Classifier, settings: Settings, batch_size: int) -> tuple[Judgement, Tensor]:
-    """Draw picture i of class i modulo the number of classes, with seed i; judge each batch and keep only the grid's pictures.
+def judge_pictures(drawer: Drawer, classifier: Classifier, setting: Setting, samples: int) -> tuple[Judgement, Tensor]:
+    """Draw and judge each batch, and keep only the grid's pictures.
 
     Returns the judgement of all, and the first pictures of every class that fits the grid, row by row: (rows·columns, H, W, C) uint8.
     """
-    classes = len(checkpoint.labels)
-    rows, columns = min(GRID_MAX_ROWS, classes), min(GRID_COLUMNS, settings.samples // classes)
+    classes = len(drawer.checkpoint.labels)
+    rows, columns = min(GRID_MAX_ROWS, classes), min(GRID_COLUMNS, samples // classes)
     judged, shown = [], []
-    for seeds in tqdm(torch.arange(settings.samples).split(batch_size), desc="pictures", unit="batch", dynamic_ncols=True):
-        labels = seeds % classes
-        images = sample(
-            checkpoint,
-            labels.tolist(),
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            sampler=settings.sampler,
-            seeds=seeds.tolist(),
-        )
+    batches = tqdm(drawer.pictures(setting, samples), desc="pictures", unit="batch", total=ceil(samples / drawer.rows), dynamic_ncols=True)
+    for labels, seeds, images in batches:
         judged.append(classifier.judge(images.permute(0, 3, 1, 2)))
-        shown.append(images.cpu()[(labels < rows) & (seeds < columns * classes)])
+        shown.append(images[(labels < rows) & (seeds < columns * classes)])
     in_turn = torch.cat(shown).unflatten(0, (columns, rows))  # drawn class after class, so a grid's column at a time
     return joined(judged), in_turn.transpose(0, 1).flatten(0, 1)
 
@@ -152,10 +125,6 @@ def judge_reconstructions(vae: VAE, classifier: Classifier, split: Split, batch_
         decoded = vae.decode(vae.encode(to_float(images.to(device))))
         judged.append(classifier.judge(to_pixels(decoded).permute(0, 3, 1, 2)))
     return joined(judged)
-
-
-def joined(parts: list[Judgement]) -> Judgement:
-    return Judgement(torch.cat([p.features for p in parts]), torch.cat([p.predicted for p in parts]))
 
 
 def measure(dataset: Dataset, classifier: Classifier, pictures: Judgement, reconstructions: Judgement) -> dict[str, Any]:
@@ -188,10 +157,16 @@ def table(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def _keep(folder: Path, checkpoint: Checkpoint, metrics: dict[str, Any], shown: Tensor) -> None:
+def unchanged(folder: Path, checkpoint: Checkpoint) -> CheckpointConfig:
+    """What the folder says by now: another command may have measured it meanwhile. ValueError if it has other weights."""
     config, found = read_config(folder)
     if found != checkpoint.hash:
-        raise ValueError(f"{folder} was replaced while it was evaluated; its metrics were not kept")
+        raise ValueError(f"{folder} was replaced by other weights meanwhile; what was measured is not kept in it")
+    return config
+
+
+def _keep(folder: Path, checkpoint: Checkpoint, metrics: dict[str, Any], shown: Tensor) -> None:
+    config = unchanged(folder, checkpoint)
     rows = min(GRID_MAX_ROWS, len(config.labels))
     file = io.BytesIO()
     grid(shown, columns=len(shown) // rows, scale=2 if config.image_size <= 64 else 1).save(file, "PNG", optimize=True)

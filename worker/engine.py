@@ -1,18 +1,28 @@
 """The loop: admit → step → retire. Knows pictures and pixels; of Redis and rq it knows nothing.
 
-`tick()` advances every running picture by one evaluation and returns what came of it, for `rq_worker` to tell.
+`tick()` advances the pictures of one model by one evaluation and returns what came of it, for `rq_worker` to tell. Each checkpoint that is
+resident has a lane: its runner, and the scheduler of its jobs. Lanes with work take turns.
 """
 
 import logging
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
 
 from worker.images import encode_png
-from worker.protocol import GenerationRequest
-from worker.runner import Runner
+from worker.protocol import GenerationRequest, ModelRecord
+from worker.runner import Decoding, Runner
 from worker.scheduler import Job, Picture, Scheduler
 
 log = logging.getLogger("dit.engine")
+
+ENCODERS = 2  # threads that make PNGs
+MOST_ENCODING = 64  # pictures that may wait for them; more would pile up in memory
+_IDLE_S = 0.01  # a tick that only waits for a model to load
 
 
 @dataclass(frozen=True)
@@ -38,83 +48,222 @@ class JobFailed:
 Event = ImageReady | JobDone | JobFailed
 
 
-class Engine:
-    """Runs the pictures of many jobs together. Not for several threads."""
+class Models(Protocol):
+    """The checkpoints that the engine may run: worker.models.Shelf, or one that is always there (worker.models.OneModel)."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.scheduler = Scheduler(runner.max_rows)
-        self.requests: dict[str, GenerationRequest] = {}
-        self._encoder = ThreadPoolExecutor(max_workers=2, thread_name_prefix="png")
+    crowded: bool  # a checkpoint that is wanted finds no memory until jobs of others have ended
+
+    def records(self) -> list[ModelRecord]:
+        """What to tell of each model, its newest version."""
+
+    def runner(self, model: str, checkpoint: str) -> Runner | None:
+        """The runner of a checkpoint, None while it is being loaded. ValueError if there is none, or it could not be loaded."""
+
+    def poll(self, busy: set[str]) -> None:
+        """Between two ticks: take in what was loaded, look for new versions. `busy` are the checkpoints that have jobs."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """One resident checkpoint and its jobs."""
+
+    checkpoint: str
+    runner: Runner
+    scheduler: Scheduler
+    last_turn: float = 0.0
+    decoding: list[tuple[list[tuple[Picture, int]], Decoding]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Entry:
+    """A job that the engine has."""
+
+    request: GenerationRequest
+    checkpoint: str
+    alone: bool
+    lane: Lane | None = None  # None while its checkpoint is being loaded
+    delivered: int = 0
+
+
+class Engine:
+    """Runs the pictures of many jobs together. Not for several threads, but for `ticking_since` and `slowest_tick_s`."""
+
+    def __init__(self, models: Models, trace: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.models = models
+        self.lanes: dict[str, Lane] = {}
+        self.jobs: dict[str, Entry] = {}
+        self.slowest_tick_s = 0.0  # of the runners used so far, as they measured when they warmed up
+        self.ticking_since: float | None = None  # monotonic seconds at which the tick in progress began, for a watchdog
+        self._trace = trace
+        self._encoder = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="png")
         self._encoding: list[tuple[Picture, Future[tuple[bytes, str]]]] = []
-        self._delivered: dict[str, int] = {}
 
     @property
     def busy(self) -> bool:
-        return bool(self.requests)
+        return bool(self.jobs)
 
-    @property
-    def wants_jobs(self) -> bool:
-        return self.scheduler.wants_jobs
+    def wants(self, model: str) -> bool:
+        """Whether a job of this model, at its newest version, would step at the next tick, and keep no other waiting for memory."""
+        if self.models.crowded or any(entry.alone for entry in self.jobs.values()):
+            return False
+        here = [entry for entry in self.jobs.values() if entry.request.model == model]
+        if any(entry.lane is None for entry in here):
+            return False  # its checkpoint is being loaded: enough to know what it is needed for
+        return all(lane.scheduler.wants_jobs for lane in {entry.lane for entry in here if entry.lane})
 
-    def add(self, job_id: str, request: GenerationRequest) -> None:
-        """Take a job in; ValueError if the model cannot do it."""
-        plan = self.runner.plan(request)
-        self.requests[job_id], self._delivered[job_id] = request, 0
-        self.scheduler.add(Job(job_id, request.class_labels, request.seed, request.guidance_scale, plan.guided, plan))
+    def add(self, job_id: str, request: GenerationRequest, checkpoint: str, *, alone: bool = False) -> None:
+        """Take a job in; ValueError if its model cannot do it. `alone`: nothing else may run beside it, which the caller sees to."""
+        assert job_id not in self.jobs and not (alone and self.jobs)
+        runner = self.models.runner(request.model, checkpoint)
+        entry = Entry(request, checkpoint, alone)
+        if runner is not None:
+            self._enter(job_id, entry, runner)
+        self.jobs[job_id] = entry
+
+    def _enter(self, job_id: str, entry: Entry, runner: Runner) -> None:
+        """Give a job to the lane of its checkpoint. ValueError if the model cannot do it."""
+        request, plan = entry.request, runner.plan(entry.request)
+        self.slowest_tick_s = max(self.slowest_tick_s, runner.slowest_tick_s)
+        lane = self.lanes.get(entry.checkpoint)
+        if lane is None:
+            lane = self.lanes[entry.checkpoint] = Lane(entry.checkpoint, runner, Scheduler(runner.max_rows, runner.slots))
+        lane.scheduler.add(Job(job_id, request.class_labels, request.seed, request.guidance_scale, plan.guided, plan))
+        entry.lane = lane
 
     def remove(self, job_id: str) -> None:
         """Stop a job between two ticks; its slots are free at once."""
-        self.scheduler.remove(job_id)
-        self.requests.pop(job_id, None)
-        self._delivered.pop(job_id, None)
+        entry = self.jobs.pop(job_id, None)
+        if entry and entry.lane:
+            entry.lane.scheduler.remove(job_id)
         self._encoding = [(p, f) for p, f in self._encoding if p.job.id != job_id]
 
     def progress(self, job_id: str) -> float:
         """Share of the job's evaluations that are done, 0 … 1."""
-        job = self.scheduler.jobs.get(job_id)
-        return job.progress if job else 1.0
+        entry = self.jobs.get(job_id)
+        if entry is None:
+            return 1.0
+        return entry.lane.scheduler.jobs[job_id].progress if entry.lane and job_id in entry.lane.scheduler.jobs else 0.0
 
     def tick(self) -> list[Event]:
-        """One forward for everything that runs. A picture that throws or leaves the finite numbers fails its own job only."""
-        events: list[Event] = []
-        self.runner.start(self.scheduler.admit())
-        batch = [p for p in self.scheduler.batch() if not p.done]
-        if batch:
-            events += self._fail(self._step(batch))
-        # One decoder batch a tick: where decoding takes seconds, leases are renewed and others step in between.
-        events += self._finish([p for p in self.scheduler.batch() if p.done][: self.runner.decode_buckets[-1]])
-        return events + self._collect(wait=not self.scheduler.batch())
-
-    def _step(self, batch: list[Picture]) -> dict[str, str]:
-        """Advance a batch; if the forward throws, each picture alone, so that only the culprit's job fails. → job id: message."""
+        """One forward for the pictures of one lane. A picture that throws or leaves the finite numbers fails its own job only."""
+        self.ticking_since = began = time.monotonic()
         try:
-            self.runner.step(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                log.exception("job %s failed in a step", batch[0].job.id)
-                return {batch[0].job.id: f"the step failed: {error}"}
-            failed: dict[str, str] = {}
-            for picture in batch:
-                failed.update(self._step([picture]))
-            return failed
-        for picture in batch:
-            picture.evaluation += 1
-        return {}
+            events = self._take_in()
+            waiting = [lane for lane in self.lanes.values() if lane.scheduler.has_work]
+            turn: dict[str, Any] = {}
+            coming = bool(self._encoding) or any(lane.decoding for lane in self.lanes.values())
+            if waiting:
+                lane = min(waiting, key=lambda lane: lane.last_turn)
+                lane.last_turn = began
+                events += self._turn(lane, turn)
+            elif self.jobs and not coming:
+                time.sleep(_IDLE_S)
+            events += self._collect(wait=not waiting)
+            if coming and not waiting:
+                turn = {"rows": 0, "bucket": 0, "pictures": 0, "jobs": 0, "steps": [], "decoded": 0}
+            if self._trace and turn:
+                self._trace({"t": began, "seconds": time.monotonic() - began, **turn})
+            return events
+        finally:
+            self.ticking_since = None
 
-    def _finish(self, finished: list[Picture]) -> list[Event]:
-        if not finished:
-            return []
-        broken: dict[str, str] = {}
-        for picture, pixels in zip(finished, self.runner.decode(finished), strict=True):
-            self.scheduler.retire(picture)
-            if pixels is None:
-                broken[picture.job.id] = f"picture {picture.index} left the finite numbers"
-            else:
-                request = self.requests[picture.job.id]
-                task = self._encoder.submit(encode_png, pixels, request, picture.index, self.runner.checkpoint.hash)
-                self._encoding.append((picture, task))
-        return self._fail(broken)
+    def _take_in(self) -> list[Event]:
+        """Lanes without jobs go, so that their memory can; jobs whose checkpoint has been loaded meanwhile, or could not be."""
+        self.lanes = {name: lane for name, lane in self.lanes.items() if lane.scheduler.jobs or lane.decoding}
+        self.models.poll({entry.checkpoint for entry in self.jobs.values()})
+        failed: dict[str, str] = {}
+        for job_id, entry in self.jobs.items():
+            if entry.lane is None:
+                try:
+                    runner = self.models.runner(entry.request.model, entry.checkpoint)
+                    if runner is not None:
+                        self._enter(job_id, entry, runner)
+                except ValueError as error:
+                    failed[job_id] = str(error)
+        return self._fail(failed)
+
+    def _turn(self, lane: Lane, trace: dict[str, Any]) -> list[Event]:
+        """Step what the scheduler deals, then start one decoder batch: where decoding takes seconds, others step in between."""
+        dealt = lane.scheduler.deal()
+        if self._trace:
+            rows, jobs = sum(picture.rows for picture in dealt), len({picture.job.id for picture in dealt})
+            steps = [(p.job.id, p.index, p.evaluation) for p in dealt]
+            trace |= {"checkpoint": lane.checkpoint, "rows": rows, "bucket": lane.runner.bucket(rows) if rows else 0}
+            trace |= {"pictures": len(dealt), "jobs": jobs, "steps": steps}
+        events = self._fail(self._step(lane, dealt))
+        events += self._fail(self._retry(lane, lane.runner.lost()))
+        finished = lane.scheduler.done()[: lane.runner.decode_buckets[-1]]
+        if finished:
+            events += self._fail(self._guarded(lane, finished, self._decode, lane.runner.decoder.halve, "decoder"))
+        if self._trace:
+            trace["decoded"] = len(finished)
+        return events
+
+    def _step(self, lane: Lane, dealt: list[Picture]) -> dict[str, str]:
+        """Advance the pictures dealt: together, but for those that are being retried, each by itself. → job id: message."""
+        crowd = [picture for picture in dealt if not picture.attempt]
+        failed: dict[str, str] = {}
+        for group in (*lane.runner.groups(crowd), *([picture] for picture in dealt if picture.attempt)):
+            failed.update(self._guarded(lane, group, self._advance, lane.runner.halve, "step"))
+        lane.scheduler.max_rows = lane.runner.max_rows
+        return failed
+
+    def _guarded(
+        self, lane: Lane, group: list[Picture], run: Callable[[Lane, list[Picture]], None], halve: Callable[[], bool], what: str
+    ) -> dict[str, str]:
+        """Run something for a group. Too little memory: smaller groups from the next tick on. If it throws: for each picture alone, and the
+        culprit fails. → job id: message.
+        """
+        try:
+            run(lane, group)
+            return {}
+        except torch.OutOfMemoryError:
+            if halve():
+                log.warning("out of memory in a %s of %d pictures; from now on it takes half of them", what, len(group))
+                return {}
+            log.exception("out of memory in the smallest %s", what)
+        except Exception:
+            if not lane.runner.healthy():  # every job would fail, whose fault it is not: the process ends, and its leases with it
+                raise
+            log.exception("a %s of %d pictures failed; each is tried alone", what, len(group))
+        failed: dict[str, str] = {}
+        for picture in group:
+            try:
+                run(lane, [picture])
+            except Exception as error:
+                if not lane.runner.healthy():
+                    raise
+                log.exception("job %s failed in a %s", picture.job.id, what)
+                failed[picture.job.id] = f"the {what} failed: {error}"
+        return failed
+
+    def _advance(self, lane: Lane, group: list[Picture]) -> None:
+        lane.runner.start([picture for picture in group if picture.evaluation == 0])
+        lane.runner.step(group)
+        for picture in group:
+            picture.evaluation += 1
+
+    def _decode(self, lane: Lane, finished: list[Picture]) -> None:
+        lane.decoding.append(([(picture, picture.attempt) for picture in finished], lane.runner.decode(finished)))
+        for picture in finished:
+            lane.scheduler.retire(picture)
+
+    def _retry(self, lane: Lane, lost: list[tuple[Picture, int]]) -> dict[str, str]:
+        """Pictures that left the finite numbers begin again, once, in forwards of their own. → job id: message, for the second time.
+
+        `lost` has with each the attempt in which it happened: the device tells it late, sometimes twice.
+        """
+        failed: dict[str, str] = {}
+        for picture, attempt in lost:
+            if lane.scheduler.jobs.get(picture.job.id) is not picture.job or attempt != picture.attempt:
+                continue
+            if picture.attempt:
+                failed[picture.job.id] = f"picture {picture.index} left the finite numbers, also alone"
+                continue
+            log.warning("job %s: picture %d left the finite numbers; it is tried again alone", picture.job.id, picture.index)
+            picture.attempt += 1
+            lane.scheduler.restart(picture)
+        return failed
 
     def _fail(self, failed: dict[str, str]) -> list[Event]:
         for job_id in failed:
@@ -122,19 +271,47 @@ class Engine:
         return [JobFailed(job_id, message) for job_id, message in failed.items()]
 
     def _collect(self, wait: bool) -> list[Event]:
-        """Encoded pictures; waits for the encoder only when nothing else is left to do."""
+        """What the decoder and the encoders have finished; waits for them only when nothing else is left to do, or too much piles up."""
         events: list[Event] = []
-        pending = []
-        for picture, task in self._encoding:
-            if not (wait or task.done()):
-                pending.append((picture, task))
-                continue
+        for lane in self.lanes.values():
+            while lane.decoding and (wait or lane.decoding[0][1].ready()):
+                pictures, decoding = lane.decoding.pop(0)
+                events += self._encode(lane, pictures, decoding)
+        waiting, too_many = [], len(self._encoding) - MOST_ENCODING
+        for place, (picture, task) in enumerate(self._encoding):
+            if wait or task.done() or place < too_many:
+                events += self._deliver(picture, task)
+            else:
+                waiting.append((picture, task))
+        self._encoding = [entry for entry in waiting if entry[0].job.id in self.jobs]
+        return events
+
+    def _encode(self, lane: Lane, pictures: list[tuple[Picture, int]], decoding: Decoding) -> list[Event]:
+        lost = []
+        for (picture, attempt), pixels in zip(pictures, decoding.result(), strict=True):
+            if lane.scheduler.jobs.get(picture.job.id) is not picture.job or attempt != picture.attempt:
+                continue  # removed, or begun again, meanwhile
+            if pixels is None:
+                lost.append((picture, attempt))
+            else:
+                request = self.jobs[picture.job.id].request
+                task = self._encoder.submit(encode_png, pixels, request, picture.index, lane.checkpoint)
+                self._encoding.append((picture, task))
+        return self._fail(self._retry(lane, lost))
+
+    def _deliver(self, picture: Picture, task: "Future[tuple[bytes, str]]") -> list[Event]:
+        job_id = picture.job.id
+        if job_id not in self.jobs:
+            return []  # it failed a moment ago
+        try:
             png, digest = task.result()
-            job_id = picture.job.id
-            events.append(ImageReady(job_id, picture.index, picture.seed, png, digest))
-            self._delivered[job_id] += 1
-            if self._delivered[job_id] == self.requests[job_id].num_images:
-                self.remove(job_id)
-                events.append(JobDone(job_id))
-        self._encoding = [entry for entry in pending if entry[0].job.id in self.requests]
+        except Exception as error:
+            log.exception("job %s: a picture could not be encoded", job_id)
+            return self._fail({job_id: f"picture {picture.index} could not be encoded: {error}"})
+        events: list[Event] = [ImageReady(job_id, picture.index, picture.seed, png, digest)]
+        entry = self.jobs[job_id]
+        entry.delivered += 1
+        if entry.delivered == entry.request.num_images:
+            self.remove(job_id)
+            events.append(JobDone(job_id))
         return events

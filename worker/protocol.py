@@ -1,16 +1,20 @@
 """What the API and the workers say to each other through Redis. Standard library only; the one list of keys.
 
-| key                              | written by  | holds                                                 | lives                  |
-|----------------------------------|-------------|-------------------------------------------------------|------------------------|
-| `rq:queue:dit-<model>`, `rq:…`   | rq          | the queue and the leases; an rq job names only its id | until the job ended    |
-| `dit:job:<id>`                   | API, worker | hash, see JOB_FIELDS                                  | TTL after the end      |
-| `dit:job:<id>:events`            | API, worker | stream of {event, data}: queued, progress, image, done | TTL after the end     |
-| `dit:image:<id>:<execution>:<i>` | worker      | PNG bytes                                             | TTL                    |
-| `dit:model:<model>`              | worker      | JSON of ModelRecord                                   | MODEL_TTL_S, renewed   |
-| `dit:models`                     | worker      | set of model ids that were ever served                | always                 |
-| `dit:reaper:<queue>`             | worker      | the worker that looks for abandoned jobs just now     | seconds                |
+| key                              | written by  | holds                                                  | lives                |
+|----------------------------------|-------------|--------------------------------------------------------|----------------------|
+| `rq:queue:dit-<model>`, `rq:…`   | rq, worker  | the queue and the leases; an rq job names only its id  | until the job ended  |
+| `dit:job:<id>`                   | API, worker | hash, see JOB_FIELDS                                   | TTL after the end    |
+| `dit:job:<id>:events`            | API, worker | stream of {event, data}: queued, progress, image, done | TTL after the end    |
+| `dit:image:<id>:<execution>:<i>` | worker      | PNG bytes                                              | TTL                  |
+| `dit:model:<model>`              | worker      | JSON of ModelRecord                                    | MODEL_TTL_S, renewed |
+| `dit:models`                     | worker      | set of model ids that were ever served                 | always               |
+| `dit:bell:<model>`               | API, worker | list, rung when a job waits; idle workers listen to it | BELL_TTL_S           |
+| `dit:alone:<id>`                 | worker      | the busy worker that will run this job alone           | CLAIM_S, renewed     |
+| `dit:dead`                       | worker      | sorted set of job ids, by the Unix seconds of the end: | TTL after the last   |
+|                                  |             | those whose every attempt ended with its worker        |                      |
 
-TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, below, so that each is one step.
+TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, so that each is one step: CANCEL is
+below, the worker's own are in worker/scripts.py.
 """
 
 import json
@@ -20,14 +24,19 @@ from typing import Any
 VERSION = 2  # of the job payload; a worker takes this version and the one before
 OPERATION = "dit.generate"  # the only thing an rq job of ours may ask for; it is compared, never imported
 MAX_ATTEMPTS = 5
+ALONE_FROM = 3  # the attempt from which a job runs alone, so that one that kills its worker takes no neighbours along
 MODEL_TTL_S = 20
 LEASE_S = 15  # a worker that renews nothing for this long has lost its jobs
+CLAIM_S = 5
 EVENTS_KEPT = 2000  # events of one job, about
+BELL_RINGS = 64  # that a bell keeps: as many idle workers wake at once
+BELL_TTL_S = 60
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELING, CANCELED = "queued", "running", "succeeded", "failed", "canceling", "canceled"
 FINAL = (SUCCEEDED, FAILED, CANCELED)
 ALL_CHANNELS, FIRST_THREE_CHANNELS = "all", "first-three"  # of a latent that guidance moves; the official code moves three
 MAX_SHIFT = 100.0
+MAX_BLOCK_CACHE = 8
 LARGEST_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
 JOB_FIELDS = {
@@ -66,10 +75,15 @@ def image_key(job_id: str, execution: str, index: int) -> str:
 
 MODEL_KEYS = "dit:model:*"
 MODELS_KEY = "dit:models"
+DEAD_KEY = "dit:dead"
 
 
 def model_key(model: str) -> str:
     return f"dit:model:{model}"
+
+
+def bell_key(model: str) -> str:
+    return f"dit:bell:{model}"
 
 
 def _is_number(value: object) -> bool:
@@ -93,13 +107,18 @@ class GenerationRequest:
     shift: float = 1.0  # of flow time
     guidance_channels: str = ALL_CHANNELS
     guidance_rescale: float = 0.0
+    block_cache: int = 1  # all blocks run at every n-th evaluation; 1 is always
 
     @property
     def num_images(self) -> int:
         return len(self.class_labels)
 
     def dump(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """Without `block_cache` where there is none: a worker of a version before it can do the rest."""
+        values = asdict(self)
+        if self.block_cache == 1:
+            del values["block_cache"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def parse(cls, text: str) -> "GenerationRequest":
@@ -128,6 +147,7 @@ class GenerationRequest:
             "shift": _is_number(self.shift) and 0 < self.shift <= MAX_SHIFT,
             "guidance_channels": self.guidance_channels in (ALL_CHANNELS, FIRST_THREE_CHANNELS),
             "guidance_rescale": _is_number(self.guidance_rescale) and 0 <= self.guidance_rescale <= 1,
+            "block_cache": type(self.block_cache) is int and 1 <= self.block_cache <= MAX_BLOCK_CACHE,
             "seed": type(self.seed) is int and 0 <= self.seed <= LARGEST_SEED + 1 - self.num_images,
         }
         wrong = [name for name, is_sound in sound.items() if not is_sound]
@@ -155,6 +175,7 @@ class ModelRecord:
     device: str = ""
     dtype: str = ""
     max_rows: int = 0
+    block_cache: bool = False  # whether requests may ask for one
 
     def dump(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -166,67 +187,9 @@ class ModelRecord:
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
-# KEYS job, events. ARGV execution, now, most attempts.
-# → "run"; "drop" if it has ended (canceled while queued, or ended by another execution); "cancel" if that was asked while no worker had it;
-# "exhausted" if it was tried too often.
-START = """
-local status = redis.call('HGET', KEYS[1], 'status')
-if not status or status == 'succeeded' or status == 'failed' or status == 'canceled' then return 'drop' end
-redis.call('HSET', KEYS[1], 'execution', ARGV[1])
-if status == 'canceling' then return 'cancel' end
-if redis.call('HINCRBY', KEYS[1], 'attempts', 1) > tonumber(ARGV[3]) then return 'exhausted' end
-redis.call('HSET', KEYS[1], 'status', 'running', 'step', '0')
-redis.call('HSETNX', KEYS[1], 'started_at', ARGV[2])
-return 'run'
-"""
-
-# KEYS job, events. ARGV execution, step, event, data, events kept.
-# → 0 if another execution owns the job, 2 if it shall be canceled, else 1.
-PROGRESS = """
-if redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
-local status = redis.call('HGET', KEYS[1], 'status')
-if status == 'canceling' then return 2 end
-if status ~= 'running' then return 0 end
-if ARGV[3] ~= '' then
-  if ARGV[2] ~= '' then redis.call('HSET', KEYS[1], 'step', ARGV[2]) end
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'event', ARGV[3], 'data', ARGV[4])
-end
-return 1
-"""
-
-# KEYS job, events. ARGV execution, status, now, images, error, done event. A cancel that came in time wins over a result.
-FINISH = """
-local status = redis.call('HGET', KEYS[1], 'status')
-if redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
-if status ~= 'running' and status ~= 'canceling' and status ~= 'queued' then return 0 end
-local ttl = redis.call('HGET', KEYS[1], 'result_ttl_s')
-local ended, images, reason, done = ARGV[2], ARGV[4], ARGV[5], ARGV[6]
-if status == 'canceling' then ended, images, reason, done = 'canceled', '[]', '', '{"status": "canceled"}' end
-redis.call('HSET', KEYS[1], 'status', ended, 'finished_at', ARGV[3], 'images', images, 'error', reason)
-redis.call('XADD', KEYS[2], '*', 'event', 'done', 'data', done)
-redis.call('EXPIRE', KEYS[1], ttl)
-redis.call('EXPIRE', KEYS[2], ttl)
-return 1
-"""
-
-# KEYS job, events. ARGV execution ('' for any), data of the event.
-# A job whose worker stops or died waits again; one being canceled stays so. Given back by its owner, it has lost no attempt.
-REQUEUE = """
-if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'execution') ~= ARGV[1] then return 0 end
-local status = redis.call('HGET', KEYS[1], 'status')
-if status ~= 'running' and status ~= 'canceling' then return 0 end
-redis.call('HSET', KEYS[1], 'execution', '')
-if ARGV[1] ~= '' then redis.call('HINCRBY', KEYS[1], 'attempts', -1) end
-if status == 'running' then
-  redis.call('HSET', KEYS[1], 'status', 'queued', 'step', '0')
-  redis.call('XADD', KEYS[2], '*', 'event', 'queued', 'data', ARGV[2])
-end
-return 1
-"""
-
 # KEYS job, events, rq queue, rq job. ARGV job id, now, done event.
-# → the status it had: 'queued' was canceled at once, 'running' shall stop at its next step.
-CANCEL = """
+# → the status it had: 'queued' was canceled at once, 'running' shall stop at its next step. Also where memory has run out: it frees some.
+CANCEL = """#!lua flags=allow-oom
 local status = redis.call('HGET', KEYS[1], 'status')
 if status == 'queued' then
   local ttl = redis.call('HGET', KEYS[1], 'result_ttl_s')

@@ -2,12 +2,16 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from redis import Redis
 
-from worker import protocol
+from worker import protocol, scripts
 from worker.protocol import CANCELED, FAILED, SUCCEEDED, GenerationRequest
+
+_ANSWERS = ("lost", "run", "cancel")  # of scripts.PROGRESS
+News = tuple[str, str, str, dict[str, Any], int | None]  # job id, execution, event ('' just asks), its data, step
 
 
 class JobResults:
@@ -15,58 +19,64 @@ class JobResults:
 
     def __init__(self, connection: Redis) -> None:
         self.connection: Any = connection  # its answers are bytes here, which its types do not say
-        scripts = (protocol.START, protocol.PROGRESS, protocol.FINISH, protocol.REQUEUE)
-        self._start, self._progress, self._finish, self._requeue = (connection.register_script(s) for s in scripts)
+        self._finish, self._give_back = connection.register_script(scripts.FINISH), connection.register_script(scripts.GIVE_BACK)
 
     def _keys(self, job_id: str) -> list[str]:
         return [protocol.job_key(job_id), protocol.events_key(job_id)]
 
-    def start(self, job_id: str, execution: str) -> str:
-        """'run', or why not: 'drop' (it has ended), 'cancel', 'exhausted' (tried too often)."""
-        answer = self._start(self._keys(job_id), [execution, time.time(), protocol.MAX_ATTEMPTS])
-        return str(answer.decode())
+    def start(self, job_id: str, execution: str, pipeline: Any = None) -> str:
+        """'run' or 'alone', or why not: 'drop' (it has ended), 'cancel', 'exhausted' (tried too often), 'elsewhere' (it runs).
 
-    def request(self, job_id: str, checkpoint: str) -> GenerationRequest:
-        """The job's request; ValueError if its version or content is not ours, or it was resolved for another checkpoint than this."""
-        version, text, pinned = self.connection.hmget(protocol.job_key(job_id), "version", "request", "checkpoint")
+        It comes after what waits in the pipeline, as all that take one here.
+        """
+        pipeline = pipeline if pipeline is not None else self.connection.pipeline()
+        # The whole text, since redis-py asks for each script of a pipeline first whether the server knows it.
+        pipeline.eval(scripts.START, 1, protocol.job_key(job_id), job_id, execution, time.time())
+        return str(pipeline.execute()[-1].decode())
+
+    def request(self, job_id: str) -> tuple[GenerationRequest, str, int]:
+        """The job's request, the checkpoint it is pinned to, and the seconds its results live; ValueError if that is not of our kind."""
+        version, text, pinned, ttl_s = self.connection.hmget(protocol.job_key(job_id), "version", "request", "checkpoint", "result_ttl_s")
         if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
             raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
-        if text is None or pinned is None:
-            raise ValueError("the job's record lacks its request or its checkpoint")
-        if pinned.decode() != checkpoint:
-            raise ValueError(
-                f"the job is pinned to checkpoint {pinned.decode()[:12]}, but {checkpoint[:12]} is served now; submit it again"
-            )
-        return GenerationRequest.parse(text.decode())
+        if text is None or pinned is None or ttl_s is None:
+            raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
+        return GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s)
 
     def tell(self, job_id: str, execution: str, event: str = "", data: dict[str, Any] | None = None, step: int | None = None) -> str:
         """Publish an event (or none: just ask); answers 'run', 'cancel' or 'lost'."""
-        arguments: list[Any] = [execution, "" if step is None else step, event, json.dumps(data or {}), protocol.EVENTS_KEPT]
-        return ("lost", "run", "cancel")[int(self._progress(self._keys(job_id), arguments))]
+        return self.tell_all([(job_id, execution, event, data or {}, step)])[0]
 
-    def store_image(self, job_id: str, execution: str, index: int, png: bytes, ttl_s: int) -> None:
-        self.connection.set(protocol.image_key(job_id, execution, index), png, ex=ttl_s)
+    def tell_all(self, news: Sequence[News], pipeline: Any = None) -> list[str]:
+        """The same for many jobs in one round trip."""
+        pipeline = pipeline if pipeline is not None else self.connection.pipeline(transaction=False)
+        for job_id, execution, event, data, step in news:
+            arguments = (execution, "" if step is None else step, event, json.dumps(data), protocol.EVENTS_KEPT)
+            pipeline.eval(scripts.PROGRESS, 2, *self._keys(job_id), *arguments)
+        answers = pipeline.execute()[-len(news) :]
+        return [_ANSWERS[int(answer)] for answer in answers]
 
-    def ttl_s(self, job_id: str) -> int:
-        return int(self.connection.hget(protocol.job_key(job_id), "result_ttl_s") or 0)
+    def store_image(self, job_id: str, execution: str, index: int, png: bytes, ttl_s: int, pipeline: Any = None) -> None:
+        """Twice: the same bytes. Those of an execution that has lost the job are read by nobody and live for the TTL."""
+        client = pipeline if pipeline is not None else self.connection
+        client.set(protocol.image_key(job_id, execution, index), png, ex=ttl_s)
 
     def succeed(self, job_id: str, execution: str, images: list[dict[str, Any]]) -> bool:
-        return self._end(job_id, execution, SUCCEEDED, images, "")
+        return self._end(job_id, execution, SUCCEEDED, images)
 
-    def fail(self, job_id: str, execution: str, message: str) -> bool:
-        return self._end(job_id, execution, FAILED, [], message)
+    def fail(self, job_id: str, execution: str, message: str, *, dead: bool = False) -> bool:
+        """`dead`: every attempt ended with its worker, so the job goes on the list of such."""
+        return self._end(job_id, execution, FAILED, [], message, dead)
 
     def cancel(self, job_id: str, execution: str) -> bool:
-        return self._end(job_id, execution, CANCELED, [], "")
+        return self._end(job_id, execution, CANCELED, [])
 
-    def _end(self, job_id: str, execution: str, status: str, images: list[dict[str, Any]], error: str) -> bool:
+    def _end(self, job_id: str, execution: str, status: str, images: list[dict[str, Any]], error: str = "", dead: bool = False) -> bool:
+        """False: another execution owns the job."""
         done = json.dumps({"status": status, **({"error": error} if error else {})})
-        arguments: list[Any] = [execution, status, time.time(), json.dumps(images), error, done]
+        arguments: list[Any] = [job_id, execution, status, time.time(), json.dumps(images), error, done, "dead" if dead else ""]
         return bool(self._finish(self._keys(job_id), arguments))
 
-    def give_back(self, job_id: str, execution: str = "") -> bool:
-        """The job waits again; an empty execution stands for whichever had it."""
-        return bool(self._requeue(self._keys(job_id), [execution, json.dumps({"retry": True})]))
-
-    def execution(self, job_id: str) -> str:
-        return (self.connection.hget(protocol.job_key(job_id), "execution") or b"").decode()
+    def give_back(self, job_id: str, execution: str) -> bool:
+        """The job waits again, at the front of its queue. False: another execution owns it."""
+        return bool(self._give_back(self._keys(job_id), [job_id, execution, json.dumps({"retry": True})]))

@@ -1,272 +1,234 @@
-"""An rq worker that runs many jobs at once in one process: rq's queue, leases, retries and maintenance around the engine.
+"""An rq worker that runs many jobs at once in one process: leases, results and ends of jobs around the engine.
 
-rq's own `work()` waits for the first job; `execute_job` then runs the engine until it is empty, topping up from the queue between ticks.
-rq's seams used here are private and pinned; `tests/worker/test_rq_contract.py` holds them.
+rq's own `work()` waits for the first job; `execute_job` then runs the engine until it is empty, topping up from the queues between ticks.
 """
 
 import logging
-import math
 import time
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from collections.abc import Sequence
 
-from redis import Redis
-from rq import Queue, worker_registration
-from rq.exceptions import AbandonedJobError, DeserializationError
+from rq import Queue
+from rq.exceptions import DeserializationError
 from rq.executions import Execution
 from rq.job import Job
-from rq.registry import clean_registries
-from rq.serializers import JSONSerializer
-from rq.timeouts import TimerDeathPenalty
 from rq.utils import now as rq_now
-from rq.worker import BaseWorker
+from rq.worker import WorkerStatus
 
 from worker import protocol
-from worker.engine import Engine, Event, ImageReady, JobFailed
-from worker.protocol import GenerationRequest, ModelRecord
-from worker.results import JobResults
+from worker.engine import Event, ImageReady, JobFailed
+from worker.heart import RENEW_EVERY_S
+from worker.leases import Lease
+from worker.results import News
+from worker.rq_process import WorkerProcess
 
 log = logging.getLogger("dit.worker")
 
-RENEW_EVERY_S = 2.0  # leases, the worker's heartbeat, the model's record
+LOOK_EVERY_S = 0.01  # into the queues, while jobs run and there is room for more
 TELL_EVERY_S = 0.1  # progress events and the look for cancels
-MAINTENANCE_EVERY_S = 5
-STUCK_AFTER_S = 10  # a job popped but not leased for this long was popped by a worker that died
 
 
-@dataclass
-class Lease:
-    """A job this worker runs."""
-
-    job: Job
-    execution: Execution
-    request: GenerationRequest
-    ttl_s: int
-    images: list[dict[str, Any]] = field(default_factory=list)
-    step: int = -1
-
-
-class DiTWorker(BaseWorker):
-    """Serves one model's queue with one engine."""
-
-    death_penalty_class = TimerDeathPenalty
-
-    def __init__(self, engine: Engine, record: ModelRecord, connection: Redis) -> None:
-        queue = Queue(protocol.queue_name(record.id), connection=connection, serializer=JSONSerializer)
-        self.engine, self.record = engine, record
-        self.results = JobResults(connection)
-        self.leases: dict[str, Lease] = {}
-        self._last_renewal = self._last_told = 0.0
-        self._stuck_since: dict[str, float] = {}
-        super().__init__(
-            [queue],
-            connection=connection,
-            serializer=JSONSerializer,
-            maintenance_interval=MAINTENANCE_EVERY_S,
-            worker_ttl=15 + MAINTENANCE_EVERY_S,  # rq waits worker_ttl − 15 s for a job before it looks around
-            log_job_description=False,
-            exception_handlers=[self._abandoned],
-        )
-        self.queue = queue
-
-    # What rq calls.
-
-    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
-        return self._while_away(protocol.LEASE_S)
-
-    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """rq's own heartbeat, also while idle; the model's record is renewed with it."""
-        super().heartbeat(timeout, pipeline=pipeline)
-        self.connection.set(protocol.model_key(self.record.id), self.record.dump(), ex=self._while_away(protocol.MODEL_TTL_S))
-        self.connection.sadd(protocol.MODELS_KEY, self.record.id)
-
-    def _while_away(self, least_s: int) -> int:
-        """Seconds that a promise must hold: one tick of a large model on a slow device may take longer than any fixed time."""
-        return max(least_s, math.ceil(4 * self.engine.runner.slowest_tick_s))
+class DiTWorker(WorkerProcess):
+    """Runs the jobs of its queues together."""
 
     def execute_job(self, job: Job, queue: Queue) -> None:
-        """Run this job and all that join it, until the engine is empty or a stop was asked for."""
-        self._lease(job)
-        while self.leases and not self._stop_requested:
+        """Run this job and all that join it, until the engine is empty, or the time after a stop is over."""
+        self._look_at = self._tell_at = self._models_at = 0.0  # monotonic; when each is due
+        try:
+            self._lease(job)
+            while self.leases and time.monotonic() < self._drain_until:
+                self._round()
+            self._give_back()
+        except Exception:
+            log.exception("this worker cannot go on; its jobs go to others when their leases have run out")
+            self.patience.until = 0.0
+            raise SystemExit(1) from None
+
+    def _round(self) -> None:
+        """One step of the jobs that run, and what is due between two."""
+        now = time.monotonic()
+        if now >= self._look_at and not self._stop_requested:
+            self._look_at = now + LOOK_EVERY_S
             self._top_up()
-            for event in self.engine.tick():
-                self._handle(event)
-            now = time.monotonic()
-            if now - self._last_told >= TELL_EVERY_S:
-                self._last_told = now
-                self._tell_progress()
-            if now - self._last_renewal >= RENEW_EVERY_S:
-                self._last_renewal = now
-                self._renew()
-            if self.should_run_maintenance_tasks:
-                self.run_maintenance_tasks()
-        self._give_back()
-        self.set_state("idle")
+        self._handle(self.engine.tick())
+        self._stop_jobs()
+        now = time.monotonic()
+        if now >= self._tell_at:
+            self._tell_at = now + TELL_EVERY_S
+            self._tell_progress()
+        if now >= self._models_at:
+            self._models_at = now + RENEW_EVERY_S
+            self._update_models()
+        if self.should_run_maintenance_tasks:
+            self.run_maintenance_tasks()
 
-    def teardown(self) -> None:
-        if BaseWorker.count(queue=self.queue) <= 1:  # another worker of the model goes on renewing the record
-            self.connection.delete(protocol.model_key(self.record.id))
-        super().teardown()
-
-    # Jobs in.
+    # Jobs that come.
 
     def _top_up(self) -> None:
-        while self.engine.wants_jobs:
-            found = Queue.dequeue_any([self.queue], None, connection=self.connection, serializer=JSONSerializer)
-            if found is None:
-                return
+        while found := self._take(idle=False):
             self._lease(found[0])
 
     def _lease(self, job: Job) -> None:
         """Take a popped job under a lease and hand it to the engine, or end it here if it shall not or cannot run."""
-        if job.id in self.leases:  # this worker stood still so long that another gave the job to the queue
+        execution, verdict = self._start(job)
+        if verdict == "elsewhere":  # it was in the queue twice
+            self._leave(job, execution)
+            return
+        if job.id in self.leases:  # this worker stood still so long that its lease ran out
             self._drop(self.leases[job.id])
-        execution = self.prepare_execution(job)
         try:
-            self.prepare_job_execution(job, remove_from_intermediate_queue=True)
             operation = job.func_name
-        except DeserializationError:  # reading the name is the last that rq does there
+        except DeserializationError:
             operation = None
-        verdict = self.results.start(job.id, execution.id)
         if operation != protocol.OPERATION:
             self._refuse(job, execution, f"operation {operation!r} is not known; only {protocol.OPERATION!r} is")
-        elif verdict == "run":
-            self._admit(job, execution)
         elif verdict == "exhausted":
-            self._refuse(job, execution, f"given up after {protocol.MAX_ATTEMPTS} attempts, each ended by its worker's death")
+            self._refuse(job, execution, f"given up after {protocol.MAX_ATTEMPTS} attempts, each ended by its worker's death", dead=True)
+        elif verdict == "alone" and self.leases:
+            self._return(job, execution)
+        elif verdict in ("run", "alone"):
+            self._admit(job, execution, alone=verdict == "alone")
         else:
             if verdict == "cancel":
                 self.results.cancel(job.id, execution.id)
-            self._finalize_success(job, self.queue, execution, None)
+            self._finish(job, execution)
 
-    def _admit(self, job: Job, execution: Execution) -> None:
+    def _start(self, job: Job) -> tuple[Execution, str]:
+        """The lease, rq's books of a start and ours in one transaction: what rq's prepare_execution and prepare_job_execution do in two."""
+        with self.connection.pipeline() as pipeline:
+            execution = Execution.create(job, protocol.LEASE_S, pipeline, self.name)
+            self.set_state(WorkerStatus.BUSY, pipeline)
+            job.prepare_for_execution(self.name, pipeline)
+            pipeline.persist(job.key)
+            pipeline.lrem(self._queue_of(job).intermediate_queue_key, 1, job.id)
+            verdict = self.results.start(job.id, execution.id, pipeline)
+        self.executions[execution.id] = execution
+        return execution, verdict
+
+    def _admit(self, job: Job, execution: Execution, *, alone: bool) -> None:
         try:
-            request = self.results.request(job.id, self.record.checkpoint)
-            self.engine.add(job.id, request)
+            request, checkpoint, ttl_s = self.results.request(job.id)
+            self.engine.add(job.id, request, checkpoint, alone=alone)
         except ValueError as error:
             self._refuse(job, execution, str(error))
             return
-        self.leases[job.id] = Lease(job, execution, request, self.results.ttl_s(job.id))
+        self.leases[job.id] = Lease(job, execution, request, ttl_s)
         self.results.tell(job.id, execution.id, "progress", {"step": 0, "steps": request.steps}, step=0)
 
-    def _refuse(self, job: Job, execution: Execution, message: str) -> None:
-        self.results.fail(job.id, execution.id, message)
-        self._finalize_as_failed(job, execution, message)
+    def _refuse(self, job: Job, execution: Execution, message: str, *, dead: bool = False) -> None:
+        self.results.fail(job.id, execution.id, message, dead=dead)
+        self._finish_failed(job, execution, message)
 
     # What came of a tick.
 
-    def _handle(self, event: Event) -> None:
-        lease = self.leases[event.job_id]
-        if isinstance(event, ImageReady):
-            self._store(lease, event)
-        elif isinstance(event, JobFailed):
-            if self.results.fail(event.job_id, lease.execution.id, event.message):
-                del self.leases[event.job_id]
-                self._finalize_as_failed(lease.job, lease.execution, event.message)
+    def _handle(self, events: Sequence[Event]) -> None:
+        ready = [event for event in events if isinstance(event, ImageReady) and event.job_id in self.leases]
+        if ready:
+            self._store(ready)
+        for event in events:
+            lease = self.leases.get(event.job_id)
+            if lease is None or isinstance(event, ImageReady):
+                continue  # another's by now, or told above
+            job_id, execution = lease.job.id, lease.execution.id
+            if isinstance(event, JobFailed):
+                if self._close(lease, self.results.fail(job_id, execution, event.message)):
+                    self._finish_failed(lease.job, lease.execution, event.message)
             else:
-                self._drop(lease)
-        else:
-            images = sorted(lease.images, key=lambda image: image["index"])
-            self._succeed(lease, self.results.succeed(event.job_id, lease.execution.id, images))
+                images = sorted(lease.images, key=lambda image: image["index"])
+                if self._close(lease, self.results.succeed(job_id, execution, images)):
+                    self._finish(lease.job, lease.execution)
 
-    def _succeed(self, lease: Lease, told: bool) -> None:
-        """For rq a canceled job has succeeded too. Not told: another execution has the job."""
-        if told:
-            del self.leases[lease.job.id]
-            self._finalize_success(lease.job, self.queue, lease.execution, None)
-        else:
-            self._drop(lease)
-
-    def _store(self, lease: Lease, image: ImageReady) -> None:
-        job_id, execution = lease.job.id, lease.execution.id
-        self.results.store_image(job_id, execution, image.index, image.png, lease.ttl_s)
-        entry = {"index": image.index, "seed": image.seed, "sha256": image.sha256, "bytes": len(image.png)}
-        lease.images.append(entry)
-        self.results.tell(job_id, execution, "image", {**entry, "url": f"/jobs/{job_id}/images/{image.index}"})
+    def _store(self, ready: Sequence[ImageReady]) -> None:
+        """The pictures of one tick and their events, in one round trip; they are kept here until Redis has taken them."""
+        pipeline, news = self.connection.pipeline(), list[News]()
+        for image in ready:
+            lease = self.leases[image.job_id]
+            entry = {"index": image.index, "seed": image.seed, "sha256": image.sha256, "bytes": len(image.png)}
+            lease.images.append(entry)
+            self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, lease.ttl_s, pipeline)
+            data = {**entry, "url": f"/jobs/{image.job_id}/images/{image.index}"}
+            news.append((image.job_id, lease.execution.id, "image", data, None))
+        self._obey(news, self.results.tell_all(news, pipeline))
 
     def _tell_progress(self) -> None:
-        for lease in list(self.leases.values()):
+        news: list[News] = []
+        for lease in self.leases.values():
             step = int(self.engine.progress(lease.job.id) * lease.request.steps)
-            news = step != lease.step
-            data = {"step": step, "steps": lease.request.steps}
-            answer = self.results.tell(lease.job.id, lease.execution.id, "progress" if news else "", data, step)
+            event = "progress" if step != lease.step else ""
+            news.append((lease.job.id, lease.execution.id, event, {"step": step, "steps": lease.request.steps}, step))
             lease.step = step
-            if answer == "run":
-                continue
-            self.engine.remove(lease.job.id)
-            if answer == "cancel":
-                self._succeed(lease, self.results.cancel(lease.job.id, lease.execution.id))
-            else:
+        if news:
+            self._obey(news, self._if_it_answers(lambda: self.results.tell_all(news)) or [])
+
+    def _obey(self, news: Sequence[News], answers: Sequence[str]) -> None:
+        """End what was canceled, or is another's by now."""
+        for (job_id, *_), answer in zip(news, answers, strict=False):  # without answers Redis was in trouble
+            lease = self.leases.get(job_id)
+            if lease and answer == "cancel":
+                if self._close(lease, self.results.cancel(job_id, lease.execution.id)):
+                    self._finish(lease.job, lease.execution)  # for rq a canceled job has succeeded too
+            elif lease and answer == "lost":
                 self._drop(lease)
+
+    def _stop_jobs(self) -> None:
+        """What rq's commands asked for: ours is canceled, rq's is stopped."""
+        while not self._stop_asked.empty():
+            lease = self.leases.get(self._stop_asked.get())
+            if lease and self._close(lease, self.results.cancel(lease.job.id, lease.execution.id)):
+                self._stopped_job_id = lease.job.id  # rq's word for it, which its own books take
+                self._finish_failed(lease.job, lease.execution, "stopped by a command of rq")
+
+    # Jobs that leave.
+
+    def _close(self, lease: Lease, told: bool) -> bool:
+        """The job has ended; if it could not be told, it is another execution's."""
+        if not told:
+            self._drop(lease)
+            return False
+        self.engine.remove(lease.job.id)
+        del self.leases[lease.job.id]
+        return True
 
     def _drop(self, lease: Lease) -> None:
         """The lease was lost while this worker stood still. rq's record of the job is another execution's too by now, so it is let be."""
         log.warning("job %s is another execution's now; dropped here", lease.job.id)
         self.engine.remove(lease.job.id)
         del self.leases[lease.job.id]
+        self._leave(lease.job, lease.execution)
+
+    def _leave(self, job: Job, execution: Execution) -> None:
+        """Of this execution nothing stays; the job is untouched."""
         with self.connection.pipeline() as pipeline:
-            self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
+            self.cleanup_execution(job, pipeline=pipeline, execution=execution)
             pipeline.execute()
 
-    def _finalize_as_failed(self, job: Job, execution: Execution, message: str) -> None:
+    def _finish(self, job: Job, execution: Execution) -> None:
+        """rq's books of a success, in one round trip: rq's own way takes four, to look for callbacks and dependents that ours have not."""
+        job.ended_at = rq_now()
+        result_ttl = job.get_result_ttl(self.default_result_ttl)
+        with self.connection.pipeline() as pipeline:
+            self.increment_successful_job_count(pipeline)
+            self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
+            job._handle_success(result_ttl, pipeline, self.name, execution.id, execution.created_at, job.ended_at)
+            job.cleanup(result_ttl, pipeline, remove_from_queue=False)
+            self.cleanup_execution(job, pipeline, execution)
+            pipeline.execute()
+
+    def _finish_failed(self, job: Job, execution: Execution, message: str) -> None:
         log.error("job %s failed: %s", job.id, message)
         job.retries_left = 0  # a failure is final; only a worker's death is tried again
-        self._finalize_failure(job, self.queue, execution, (RuntimeError, RuntimeError(message), None))
+        self._finalize_failure(job, self._queue_of(job), execution, (RuntimeError, RuntimeError(message), None))
 
-    # Leases.
-
-    def _renew(self) -> None:
-        for lease in self.leases.values():
-            self.maintain_heartbeats(lease.job, lease.execution)
-        self.heartbeat()
+    def _queue_of(self, job: Job) -> Queue:
+        return Queue(job.origin, connection=self.connection, serializer=job.serializer)
 
     def _give_back(self) -> None:
         """A stop was asked for: jobs that have not ended go to the front of the queue, the oldest first."""
         for lease in reversed(list(self.leases.values())):
-            if not self.results.give_back(lease.job.id, lease.execution.id):
-                self._drop(lease)
-                continue
             self.engine.remove(lease.job.id)
             del self.leases[lease.job.id]
-            with self.connection.pipeline() as pipeline:
-                self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
-                self.queue._enqueue_job(lease.job, pipeline=pipeline, at_front=True)
-                pipeline.execute()
-            log.info("job %s goes back to the queue", lease.job.id)
+            self._return(lease.job, lease.execution)
 
-    # Maintenance: what died with another worker.
-
-    def clean_registries(self) -> None:
-        """Requeue jobs whose lease has run out, or that were popped and never leased. Harmless if two workers do it at once."""
-        if self.connection.set(f"dit:reaper:{self.queue.name}", self.name, nx=True, ex=MAINTENANCE_EVERY_S - 1):
-            clean_registries(self.queue, self._exc_handlers)  # what has ended is forgotten here too
-            worker_registration.clean_worker_registry(self.queue)
-            self._requeue_stuck()
-        self.last_cleaned_at = rq_now()
-
-    def _requeue_stuck(self) -> None:
-        waiting = {i.decode() for i in self.connection.lrange(self.queue.intermediate_queue_key, 0, -1)}
-        leased = {job for job, _ in self.queue.started_job_registry.get_job_and_execution_ids(cleanup=False)}
-        now = time.monotonic()
-        self._stuck_since = {job_id: self._stuck_since.get(job_id, now) for job_id in waiting - leased}
-        for job_id, since in self._stuck_since.items():
-            if now - since > STUCK_AFTER_S:
-                known = Job.exists(job_id, connection=self.connection)
-                with self.connection.pipeline() as pipeline:
-                    pipeline.lrem(self.queue.intermediate_queue_key, 1, job_id)
-                    if known:
-                        pipeline.lpush(self.queue.key, job_id)
-                    pipeline.execute()
-                log.warning("job %s was popped by a worker that died; it %s", job_id, "waits again" if known else "is no more")
-
-    def _abandoned(self, job: Job, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:
-        """rq calls this for each abandoned job, before it requeues it or, without attempts left, fails it."""
-        if kind is not AbandonedJobError:
-            return True
-        if job.retries_left:
-            self.results.give_back(job.id)
-            log.warning("job %s lost its worker; it waits again", job.id)
-        else:
-            self.results.fail(job.id, self.results.execution(job.id), f"given up: its worker died {protocol.MAX_ATTEMPTS} times")
-        return True
+    def _return(self, job: Job, execution: Execution) -> None:
+        back = self.results.give_back(job.id, execution.id)
+        self._leave(job, execution)
+        log.info("job %s %s", job.id, "goes back to the queue" if back else "is another execution's now")

@@ -1,209 +1,192 @@
 """The device: slots of latents, one DiT forward a tick over rows at different steps, decoding in batches.
 
-Nothing here decides what runs; the scheduler does. A tick stacks the numbers of each picture's own table row, runs one forward padded to a
-bucket of rows, guides, and updates all latents at once. On the CPU the buckets are checked at start to give every row the same bits
-whatever its neighbours, so that a seed gives the same picture alone and in a crowd; a bucket that does not is left out.
+Nothing here decides what runs; the scheduler does. A tick writes the numbers of each picture's own table row into two small matrices,
+padded to a bucket of rows, and calls one function of them (worker/advance.py). On the CPU the buckets are checked at start to give every
+row the same bits whatever its neighbours, so that a seed gives the same picture alone and in a crowd; a bucket that does not is left out.
 
-Shapes: B pictures of the tick · R rows of the forward · K latents a sampler keeps · C, H, W latent.
+On CUDA nothing here waits for the device but `lost()`, which stays `_RUN_AHEAD` ticks behind it, and a decoding's `result()`.
 """
 
 import logging
-import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
+from model.dit import CONTEXT_TOKENS
 from model.noise import normal
-from model.samplers import MAX_STATES, SamplerTable, build_table
-from model.sampling import guide, to_pixels, update
-from worker.protocol import ALL_CHANNELS, GenerationRequest
+from model.samplers import build_table
+from worker.advance import REAL, WHOLE, Advance, Captured, make_advance
+from worker.decoder import Decoder, Decoding, bucket_of
+from worker.device import SMALLEST_FORWARD, alike_buckets, elapsed, row_buckets, steady_threads
+from worker.plan import K, Plan, make_plan
+from worker.prepared import Pair, PreparedTable
+from worker.protocol import GenerationRequest
 from worker.scheduler import Picture
 
 log = logging.getLogger("dit.runner")
 
-K = MAX_STATES  # latents kept by any sampler; those that keep fewer leave the rest zero
-FIRST_CHANNELS = 3  # that the official code guides
-SMALLEST_FORWARD, SMALLEST_DECODE = 4, 2  # below these the CPU's kernels give other bits
-DECODE_BUCKETS = (SMALLEST_DECODE, 4, 8, 16)
+_SLOTS_PER_ROW = 4  # pictures that may have started for each row: the others pause
+_STATE_BYTES = 1 << 30
+_RUN_AHEAD = 2  # ticks that the device may be behind
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A request's sampler as plain numbers, one row per evaluation."""
+class _Flight:
+    """A tick that the device may still be working on."""
 
-    t: list[float]
-    coefficients: list[list[float]]  # a (K·K), b (K), d, low, high
-    noisy: list[bool]
-    guided: list[bool]
-    guidance_channels: int
-    guidance_rescale: float
-
-
-def make_plan(table: SamplerTable, request: GenerationRequest, channels: int) -> Plan:
-    """Guidance costs a second row only while its scale is not 1 and t/T is inside its interval. `channels` are those of a latent."""
-    table = table.padded(K)
-    columns = [table.a.flatten(1), table.b, table.d[:, None], table.log_variance_low[:, None], table.log_variance_high[:, None]]
-    low, high = request.guidance_interval
-    return Plan(
-        t=table.t.tolist(),
-        coefficients=torch.cat(columns, dim=1).tolist(),
-        noisy=(table.d != 0).tolist(),
-        guided=[request.guidance_scale != 1.0 and low <= f <= high for f in table.fraction.tolist()],
-        guidance_channels=channels if request.guidance_channels == ALL_CHANNELS else min(FIRST_CHANNELS, channels),
-        guidance_rescale=request.guidance_rescale,
-    )
-
-
-def row_buckets(max_rows: int) -> list[int]:
-    """Powers of two from the smallest forward to the first that holds max_rows: with 9 or 10 rows, say, the last have other bits."""
-    buckets = [SMALLEST_FORWARD]
-    while buckets[-1] < max_rows:
-        buckets.append(2 * buckets[-1])
-    return buckets
-
-
-def alike_buckets(run: Callable[[Tensor], Tensor], buckets: Sequence[int]) -> list[int]:
-    """The buckets in which every row comes out bit for bit as in the largest, wherever it stands; none, if in the largest it matters where.
-
-    `run` takes the indices of rows (bucket,) and gives one output each. Where kernels change from one place to the next, a row moved
-    on by one shows it; more moves make it surer.
-    """
-    order = torch.arange(max(buckets))
-    reference = run(order)
-
-    def alike(bucket: int) -> bool:
-        return all(torch.equal(run(rows), reference[rows]) for rows in (order.roll(shift)[:bucket] for shift in (0, 1, 2, 5)))
-
-    steady = [bucket for bucket in buckets if alike(bucket)]
-    return steady if max(buckets) in steady else []
-
-
-def steady_threads(threads: int, is_steady: Callable[[int], bool]) -> int:
-    """The most threads, or else the next lower powers of two, with which a row's bits do not depend on its place; 1 always does.
-
-    The CPU's kernels share rows out among threads, and a thread that gets few of them takes another path: with float32 products over
-    3, 5, 6, 7 or 12 threads rows had other bits in other places, over 1, 2, 4, 8, 16 and 32 none.
-    """
-    while threads > 1 and not is_steady(threads):
-        threads = 1 << ((threads - 1).bit_length() - 1)
-    return threads
-
-
-def can_compile(device: torch.device) -> bool:
-    """torch.compile needs a C++ compiler on the CPU; CUDA brings its own (Triton)."""
-    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
-
-
-def elapsed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, to the end of what it queued on the device."""
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-@torch.inference_mode()
-def affordable(checkpoint: Checkpoint, limit_s: float, most_rows: int) -> tuple[int, int]:
-    """Rows of a forward, at most `most_rows`, and images of a decode that take about `limit_s`: powers of two from the smallest batches.
-
-    A tick is how long a new job waits and a lease goes unrenewed, and warming up runs each size several times.
-    """
-    assert checkpoint.vae is not None
-    c, device = checkpoint.config.architecture, checkpoint.device
-    x = torch.randn(SMALLEST_FORWARD, c.in_channels, c.input_size, c.input_size, device=device)
-    t, y = torch.zeros(SMALLEST_FORWARD, device=device), torch.zeros(SMALLEST_FORWARD, dtype=torch.int64, device=device)
-
-    def fitting(run: Callable[[], Any], smallest: int, most: int) -> int:
-        run()  # the first call prepares kernels
-        size, seconds = smallest, elapsed(run, device)
-        while 2 * size <= most and 2 * size / smallest * seconds <= limit_s:
-            size *= 2
-        return size
-
-    vae = checkpoint.vae
-    rows = fitting(lambda: checkpoint.dit(x, t, y), SMALLEST_FORWARD, most_rows)
-    return rows, fitting(lambda: vae.decode(x[:SMALLEST_DECODE]), SMALLEST_DECODE, DECODE_BUCKETS[-1])
+    pictures: list[tuple[Picture, int]]  # with the attempt that stepped
+    finite: Tensor  # on the host once `done`
+    done: torch.cuda.Event | None
 
 
 class Runner:
     """Holds one checkpoint on one device."""
 
-    def __init__(self, checkpoint: Checkpoint, *, max_rows: int, compile: bool, max_decode: int | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        max_rows: int,
+        compile: bool,
+        max_decode: int | None = None,
+        reproducible: bool = False,
+        block_cache: bool = False,
+    ) -> None:
+        """`reproducible`: every forward and every decode has the one largest shape, whatever the device's kernels do with others.
+        `block_cache`: requests may ask for one, which costs memory and a second set of graphs.
+        """
         if checkpoint.vae is None:
             raise ValueError("this checkpoint has no VAE, so it cannot be served")
-        self.checkpoint, self.max_rows = checkpoint, max_rows
-        self.config = checkpoint.config.architecture
-        self.device = checkpoint.device
+        self.checkpoint, self.max_rows, self.reproducible = checkpoint, max_rows, reproducible
+        self.config, self.device = checkpoint.config.architecture, checkpoint.device
         c = self.config
         self.shape = (c.in_channels, c.input_size, c.input_size)
-        self.state = torch.zeros(max_rows, K, *self.shape, device=self.device)
-        checkpoint.vae.autoencoder.to(memory_format=torch.channels_last)
-        self._decode = checkpoint.vae.decode
-        self._forward: Any = checkpoint.dit
-        if compile:
-            self._forward = torch.compile(checkpoint.dit, dynamic=False)  # a graph per bucket
         self.buckets = row_buckets(max_rows)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(self.buckets) + 1)
-        self.decode_buckets = [b for b in DECODE_BUCKETS if b <= max(SMALLEST_DECODE, min(max_rows, max_decode or max_rows))]
+        self.decoder = Decoder(checkpoint.vae, min(max_rows, max_decode or max_rows), self.device)
+        picture_bytes = 4 * K * c.in_channels * c.input_size**2
+        self.slots = max(self.buckets[-1], min(_SLOTS_PER_ROW * max_rows, _STATE_BYTES // picture_bytes))
+        self.state = torch.zeros(self.slots + 1, K, *self.shape, device=self.device)  # the last one pads
+        self.prepared = PreparedTable(checkpoint.dit, self.buckets[-1], self.device)
+        arguments, self.block_cache = (checkpoint.dit, self.state, self.prepared.rows), block_cache
+        self.changes = self._room_for_changes() if block_cache else None
+        self._run: dict[bool, Advance] = {True: make_advance(*arguments, compile=compile, changes=self.changes)}  # do all blocks run?
+        if block_cache:
+            self._run[False] = make_advance(*arguments, compile=compile, changes=self.changes, reuse=True)
+        self._captured: dict[tuple[bool, int], Captured] = {}
+        self._flights: deque[_Flight] = deque()
         self.slowest_tick_s = 0.0  # the largest forward and the largest decode, measured by warm_up()
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # a graph per bucket and checkpoint
+
+    def _room_for_changes(self) -> Tensor:
+        """Of every slot's conditional and null row: what the middle blocks add to its tokens, (slots + 1, 2, tokens, D)."""
+        c, weight = self.config, self.checkpoint.dit.x_embedder.proj.weight
+        tokens = c.num_tokens + (CONTEXT_TOKENS if c.block == "in-context" else 0)
+        return torch.zeros(self.slots + 1, 2, tokens, c.hidden_size, dtype=weight.dtype, device=self.device)
+
+    @property
+    def decode_buckets(self) -> list[int]:
+        return self.decoder.buckets
+
+    def bucket(self, rows: int) -> int:
+        """Rows of the forward that these are padded to."""
+        return bucket_of(self.buckets, rows)
+
+    # Before it serves.
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Run (and so compile) every bucket, and on the CPU keep the threads and buckets that give a row the same bits everywhere."""
+    def warm_up(self, *, choose_threads: bool = True) -> None:
+        """Run (and so compile) every bucket, and on the CPU keep the threads and buckets that give a row the same bits everywhere.
+
+        Threads are a property of the process: a runner that is made beside another one takes what that one chose.
+        """
         started = time.perf_counter()
-        generator = torch.Generator().manual_seed(0)
-        rows = max(self.buckets[-1], self.decode_buckets[-1])
-        x = torch.randn(rows, *self.shape, generator=generator).to(self.device)
-        fractions = torch.rand(rows, generator=generator).to(self.device)
-        t = fractions * (1.0 if self.config.time_factor != 1.0 else float(self.checkpoint.config.objective.num_timesteps - 1))
-        y = torch.randint(self.config.num_classes + 1, (rows,), generator=generator).to(self.device)
-
-        def forward(rows: Tensor) -> Tensor:
-            return self._forward(x[rows], t[rows], y[rows])
-
-        def decode(rows: Tensor) -> Tensor:
-            return self._decode(x[rows])
-
-        def steady(threads: int) -> bool:
-            torch.set_num_threads(threads)
-            largest = self.buckets[-1:], self.decode_buckets[-1:]
-            return bool(alike_buckets(lambda r: self.checkpoint.dit(x[r], t[r], y[r]), largest[0]) and alike_buckets(decode, largest[1]))
-
-        if self.device.type == "cpu":  # before anything is compiled for a number of threads
-            threads = torch.get_num_threads()
-            torch.set_num_threads(steady_threads(threads, steady))
-            if torch.get_num_threads() < threads:
-                log.warning("%d threads instead of %d, so that a seed gives one picture", torch.get_num_threads(), threads)
-        order = torch.arange(rows)
-        kept = alike_buckets(forward, self.buckets)
-        decoded = alike_buckets(decode, self.decode_buckets)
         if self.device.type == "cpu":
-            for name, before, after in (("forward", self.buckets, kept), ("decode", self.decode_buckets, decoded)):
-                if not after:
-                    log.error("%s: a row's bits depend on its place, so a seed may give slightly different pictures in a crowd", name)
-                elif before != after:
-                    log.warning("%s buckets %s of %s give other bits and are left out", name, sorted({*before} - {*after}), before)
-            self.buckets, self.decode_buckets = kept or self.buckets, decoded or self.decode_buckets
-        largest = order[: self.buckets[-1]], order[: self.decode_buckets[-1]]
-        self.slowest_tick_s = elapsed(lambda: (forward(largest[0]), decode(largest[1])), self.device)
-        log.info("warm after %.1f s: rows %s, decode %s", time.perf_counter() - started, self.buckets, self.decode_buckets)
+            if choose_threads:  # before anything is compiled for a number of threads
+                self._choose_threads()
+            for all_blocks in self._run:
+                self.buckets = self._steady("forward", self.buckets, partial(self._probe, all_blocks=all_blocks))
+            self.decoder.buckets = self._steady("decode", self.decoder.buckets, self._probe_decode)
+        if self.reproducible:
+            self.buckets, self.decoder.buckets = self.buckets[-1:], self.decoder.buckets[-1:]
+        if self.device.type == "cuda":
+            pool = torch.cuda.graph_pool_handle()
+            for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
+                for all_blocks, run in self._run.items():
+                    self._captured[all_blocks, bucket] = Captured(run, bucket, self.device, pool)
+        curve = {bucket: elapsed(partial(self._probe, torch.arange(bucket)), self.device) for bucket in self.buckets}
+        decode_s = elapsed(partial(self._probe_decode, torch.arange(self.decoder.buckets[-1])), self.device)
+        self.slowest_tick_s = max(curve.values()) + decode_s
+        self.state.zero_()
+        times = ", ".join(f"{rows}: {1e3 * seconds:.1f} ms" for rows, seconds in curve.items())
+        log.info("warm after %.1f s; a tick of rows %s; decode in %s", time.perf_counter() - started, times, self.decoder.buckets)
+
+    def _steady(self, name: str, buckets: list[int], run: Callable[[Tensor], Tensor]) -> list[int]:
+        kept = alike_buckets(run, buckets)
+        if not kept:
+            log.error("%s: a row's bits depend on its place, so a seed may give slightly different pictures in a crowd", name)
+        elif kept != buckets:
+            log.warning("%s buckets %s of %s give other bits and are left out", name, sorted({*buckets} - {*kept}), buckets)
+        return kept or buckets
+
+    def _choose_threads(self) -> None:
+        """The forward uncompiled stands for the compiled one: the same matrix kernels."""
+        threads, largest = torch.get_num_threads(), [self.buckets[-1]]
+        x, t, y = self._samples(self.buckets[-1])
+
+        def steady(count: int) -> bool:
+            torch.set_num_threads(count)
+            forward = alike_buckets(lambda rows: self.checkpoint.dit(x[rows], t[rows], y[rows]), largest)
+            return bool(forward and alike_buckets(self._probe_decode, self.decoder.buckets[-1:]))
+
+        torch.set_num_threads(steady_threads(threads, steady))
+        if torch.get_num_threads() < threads:
+            log.warning("%d threads instead of %d, so that a seed gives one picture", torch.get_num_threads(), threads)
+
+    def _samples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, times and classes to try the network on, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(count, *self.shape, generator=generator)
+        last = 1.0 if self.config.time_factor != 1.0 else float(self.checkpoint.config.objective.num_timesteps - 1)
+        t = torch.rand(count, generator=generator) * last
+        y = torch.randint(self.config.num_classes + 1, (count,), generator=generator)
+        return x.to(self.device), t.to(self.device), y.to(self.device)
+
+    def _probe(self, rows: Tensor, all_blocks: bool = True) -> Tensor:
+        """A whole tick of samples `rows`, one unguided picture each: what comes out of the network plus noise, per row."""
+        x, t, y = self._samples(self.buckets[-1])
+        count = len(rows)
+        self.state[:count, 0] = x[rows]
+        if self.changes is not None:
+            self.changes[:count] = rows.to(self.device).view(-1, 1, 1, 1) / len(x)
+        pairs = list(zip(t.tolist(), y.tolist(), strict=True))
+        found = self.prepared.find([pairs[i] for i in rows.tolist()], ())
+        whole, real = np.zeros((count, len(WHOLE)), np.int64), np.zeros((count, len(REAL)), np.float32)
+        whole.T[:] = [range(count), [0] * count, found, *[range(count)] * 3, rows.tolist(), [0] * count]
+        real[:, REAL.index("b0")] = real[:, REAL.index("d")] = real[:, REAL.index("scale")] = 1
+        self._launch(whole, real, all_blocks)
+        return self.state[:count].clone()
+
+    def _probe_decode(self, rows: Tensor) -> Tensor:
+        return self.decoder.pixels(self._samples(self.decoder.buckets[-1])[0][rows.to(self.device)])
+
+    # A tick.
 
     def plan(self, request: GenerationRequest) -> Plan:
         """ValueError if this model cannot do what the request asks."""
         wrong = [y for y in request.class_labels if y is not None and not 0 <= y < self.config.num_classes]
         if wrong:
             raise ValueError(f"class labels are 0 … {self.config.num_classes - 1}, got {wrong[0]}")
-        objective = self.checkpoint.config.objective
+        if request.block_cache > 1 and not self.block_cache:
+            raise ValueError("this worker has no block cache; DIT_BLOCK_CACHE=true gives it one")
         table = build_table(
-            objective,
+            self.checkpoint.config.objective,
             request.sampler,
             request.steps,
             learn_sigma=self.config.learn_sigma,
@@ -215,77 +198,112 @@ class Runner:
 
     @torch.inference_mode()
     def start(self, pictures: Sequence[Picture]) -> None:
-        """Fill the slots of newly admitted pictures with their initial noise."""
+        """Fill the slots of pictures that begin with their initial noise."""
         if pictures:
-            seeds = self._tensor([p.seed for p in pictures], torch.int64)
-            slots = self._slots(pictures)
+            seeds = self._tensor([p.seed for p in pictures])
+            slots = self._tensor([p.slot for p in pictures])
             self.state[slots] = 0  # what an earlier picture's sampler remembered
             self.state[slots, 0] = normal(seeds, torch.zeros_like(seeds), self.shape)
 
+    def groups(self, pictures: Sequence[Picture]) -> list[list[Picture]]:
+        """Those that can step in one forward: all of them, but for those whose middle blocks come from the block cache this time."""
+        full = [p for p in pictures if p.job.plan.all_blocks[p.evaluation]]
+        return [group for group in (full, [p for p in pictures if not p.job.plan.all_blocks[p.evaluation]]) if group]
+
     @torch.inference_mode()
     def step(self, pictures: Sequence[Picture]) -> None:
-        """One evaluation for every picture: one forward, one update. Nothing is written if anything throws."""
-        slots = self._slots(pictures)
-        state = self.state[slots]  # (B, K, C, H, W)
-        out = self._evaluate(pictures, state[:, 0])  # (B, C or 2C, H, W)
-        plans = [(p.job.plan, p.evaluation) for p in pictures]
-        numbers = self._tensor([plan.coefficients[i] for plan, i in plans], torch.float32)  # (B, K·K + K + 3)
-        a, b, d, low, high = numbers.split([K * K, K, 1, 1, 1], dim=1)
-        if any(plan.noisy[i] for plan, i in plans):
-            seeds = self._tensor([p.seed for p in pictures], torch.int64)
-            noise = normal(seeds, self._tensor([i + 1 for _, i in plans], torch.int64), self.shape)
-        else:
-            noise = torch.zeros(1, device=self.device).view(1, 1, 1, 1)  # every d is 0
-        self.state[slots] = update(state, out, a.view(-1, K, K), b, d[:, 0], low[:, 0], high[:, 0], noise)
+        """One evaluation for every picture of a group: one forward, one update. Nothing is written if anything throws.
 
-    def _evaluate(self, pictures: Sequence[Picture], x: Tensor) -> Tensor:
-        """Network output with guidance applied; rows are all conditional ones, then the null rows of those guided at this step."""
-        guided = [i for i, p in enumerate(pictures) if p.job.guided[p.evaluation]]
+        Rows are all conditional ones, then the null rows of those guided at this step.
+        """
+        count, all_blocks = len(pictures), pictures[0].job.plan.all_blocks[pictures[0].evaluation]
+        guided = [i for i, p in enumerate(pictures) if p.guided]
+        rows, bucket = count + len(guided), self.bucket(count + len(guided))
+        null, plans = self.config.null_class, [(p.job.plan, p.evaluation) for p in pictures]
+        times = [plan.t[i] for plan, i in plans]
+        pairs = [(t, null if p.class_label is None else p.class_label) for t, p in zip(times, pictures, strict=True)]
+        pairs += [(times[i], null) for i in guided]
+        slots = [p.slot for p in pictures]
+        other, scale = list(range(count)), [1.0] * count
+        for row, i in enumerate(guided, start=count):
+            other[i], scale[i] = row, pictures[i].job.guidance_scale
+        whole, real = np.zeros((bucket, len(WHOLE)), np.int64), np.zeros((bucket, len(REAL)), np.float32)
+        whole[:, 0] = whole[:, 3] = self.slots
+        whole[:rows, 0] = [*slots, *(slots[i] for i in guided)]
+        whole[count:rows, 1] = 1
+        whole[:rows, 2] = self.prepared.find(pairs, self._ahead(pictures))
+        whole[:count, 3:] = np.array([slots, range(count), other, [p.seed for p in pictures], [i + 1 for _, i in plans]]).T
+        real[:count, :-3] = [plan.coefficients[i] for plan, i in plans]
+        real[:count, -3] = scale
+        real[:count, -2:] = [(plan.guidance_channels, plan.guidance_rescale) for plan, _ in plans]
+        finite = self._launch(whole, real, all_blocks)[:count]
+        self._flights.append(self._flight(pictures, finite))
+
+    def _ahead(self, pictures: Sequence[Picture]) -> Iterator[Pair]:
+        """The (time, class) pairs of the pictures' next evaluations, soonest first."""
         null = self.config.null_class
-        t = [p.job.plan.t[p.evaluation] for p in pictures]
-        y = [null if p.class_label is None else p.class_label for p in pictures]
-        count = len(pictures)
-        padding = self._bucket(self.buckets, count + len(guided)) - count - len(guided)
-        index = [*range(count), *guided, *[0] * padding]
-        times = self._tensor([t[i] for i in index], torch.float32)
-        classes = self._tensor([*y, *[null] * (len(guided) + padding)], torch.int64)
-        out = self._forward(x[self._tensor(index, torch.int64)], times, classes)
-        conditional = out[:count]
-        if not guided:
-            return conditional
-        jobs = [pictures[i].job for i in guided]
-        scale = self._per_row([job.guidance_scale for job in jobs])
-        channels = self._per_row([job.plan.guidance_channels for job in jobs])
-        rescale = self._per_row([job.plan.guidance_rescale for job in jobs]) if any(job.plan.guidance_rescale for job in jobs) else None
-        where = self._tensor(guided, torch.int64)
-        result = conditional.clone()
-        result[where] = guide(conditional[where], out[count : count + len(guided)], scale, channels, rescale)
-        return result
+        going = [(p, p.evaluation) for p in pictures]
+        while going := [(p, i + 1) for p, i in going if i + 1 < p.job.evaluations]:
+            for p, i in going:
+                yield p.job.plan.t[i], null if p.class_label is None else p.class_label
+                if p.job.guided[i]:
+                    yield p.job.plan.t[i], null
+
+    def _launch(self, whole: np.ndarray, real: np.ndarray, all_blocks: bool) -> Tensor:
+        numbers = torch.from_numpy(whole), torch.from_numpy(real)
+        if self.device.type != "cuda":
+            return self._run[all_blocks](*numbers)
+        pinned = [v.pin_memory() for v in numbers]  # freed for the next only after their copy: the caching allocator sees to it
+        captured = self._captured.get((all_blocks, len(whole)))
+        return captured(*pinned) if captured else self._run[all_blocks](*(v.to(self.device, non_blocking=True) for v in pinned))
+
+    def _flight(self, pictures: Sequence[Picture], finite: Tensor) -> _Flight:
+        stepped = [(picture, picture.attempt) for picture in pictures]
+        if self.device.type != "cuda":
+            return _Flight(stepped, finite, None)
+        host = torch.empty(len(stepped), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Flight(stepped, host, done)
+
+    def lost(self) -> list[tuple[Picture, int]]:
+        """Pictures that have left the finite numbers, with their attempt at that time; those of the last ticks may be told later."""
+        found = []
+        while self._flights:
+            flight = self._flights[0]
+            if flight.done is not None:
+                if len(self._flights) <= _RUN_AHEAD and not flight.done.query():
+                    break
+                flight.done.synchronize()
+            self._flights.popleft()
+            found += [entry for entry, finite in zip(flight.pictures, flight.finite.tolist(), strict=True) if not finite]
+        return found
 
     @torch.inference_mode()
-    def decode(self, pictures: Sequence[Picture]) -> list[np.ndarray | None]:
-        """Pixels (H, W, channels) of finished pictures, uint8; None for one whose latent is not finite."""
-        images: list[np.ndarray | None] = []
-        step = self.decode_buckets[-1]
-        for first in range(0, len(pictures), step):
-            part = pictures[first : first + step]
-            latents = self.state[self._slots(part), 0]
-            finite = latents.isfinite().flatten(1).all(1).tolist()
-            bucket = self._bucket(self.decode_buckets, len(part))
-            padded = torch.cat([latents, latents[:1].expand(bucket - len(part), *self.shape)])
-            pixels = to_pixels(self._decode(padded)).cpu().numpy()
-            images += [pixels[i] if finite[i] else None for i in range(len(part))]
-        return images
+    def decode(self, pictures: Sequence[Picture]) -> Decoding:
+        """Begin to decode finished pictures, at most the largest of `decode_buckets`; their slots are free at once."""
+        return self.decoder.start(self.state[self._tensor([p.slot for p in pictures]), 0])
 
-    def _bucket(self, buckets: Sequence[int], count: int) -> int:
-        return next(b for b in buckets if b >= count)
+    # When something goes wrong.
 
-    def _per_row(self, values: Sequence[float]) -> Tensor:
-        return self._tensor(values, torch.float32).view(-1, 1, 1, 1)
+    def halve(self) -> bool:
+        """Half the rows from now on, after the device ran out of memory; False if there are no fewer."""
+        if len(self.buckets) == 1 or self.max_rows <= SMALLEST_FORWARD:
+            return False
+        self.max_rows = max(SMALLEST_FORWARD, self.max_rows // 2)
+        self.buckets = [b for b in self.buckets if b <= self.bucket(self.max_rows)]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
-    def _slots(self, pictures: Sequence[Picture]) -> Tensor:
-        return self._tensor([p.slot for p in pictures], torch.int64)
+    def healthy(self) -> bool:
+        """Whether the device still answers: after some CUDA errors nothing does until the process ends."""
+        try:
+            return bool(torch.zeros(1, device=self.device).sum().item() == 0)
+        except RuntimeError:
+            log.exception("the device does not answer any more")
+            return False
 
-    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        tensor = torch.tensor(values, dtype=dtype)
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.int64)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor

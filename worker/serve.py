@@ -1,64 +1,36 @@
-"""`dit worker`: load a checkpoint once, warm the device, tell Redis what is served, and work until told to stop."""
+"""`dit worker`: load checkpoints, warm the device, tell Redis what is served, and work until told to stop."""
 
+import json
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from redis import Redis
-from torch._dynamo.exc import BackendCompilerFailed
 
-from model.checkpoint import DTYPES, Checkpoint, CheckpointError, load
+from model.checkpoint import CheckpointConfig
 from model.samplers import available_samplers, available_spacings, max_steps
+from worker.device import choose_device, choose_dtype
 from worker.engine import Engine
+from worker.load import Loader
+from worker.models import Shelf
 from worker.protocol import ModelRecord
 from worker.rq_worker import DiTWorker
-from worker.runner import DECODE_BUCKETS, SMALLEST_DECODE, SMALLEST_FORWARD, Runner, affordable, can_compile
+from worker.runner import Runner
 
 log = logging.getLogger("dit.worker")
 
-ROWS_CPU, ROWS_CUDA = 32, 128
-TICK_S = 2.0  # that a forward on the CPU may take, where the smallest one does not take longer
+_MEMORY_SHARE = 0.6  # of what is free at the start: for weights
 
 
-def find_model(registry: Path, name: str | None) -> tuple[str, Path]:
-    """The model's id and folder in the registry; CheckpointError says what there is."""
-    models = sorted(p.name for p in registry.iterdir() if p.is_dir() and not p.name.startswith(".")) if registry.is_dir() else []
-    if name is None and len(models) == 1:
-        name = models[0]
-    if name is None or name not in models:
-        asked = f"no model {name!r}" if name else "DIT_MODEL must choose a model, since there is not just one"
-        raise CheckpointError(f"{asked} in {registry.resolve()}, which has: {', '.join(models) or 'none'}")
-    return name, registry / name
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"DIT_DEVICE={name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the processor has it, else float32."""
-    if name == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"DIT_DTYPE={name}: must be auto or one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
-    config = checkpoint.config
+def describe(model: str, config: CheckpointConfig, checkpoint: str, runner: Runner | None, loader: Loader) -> ModelRecord:
+    """What the API is told; `max_rows` is 0 while the model is not resident."""
     samplers = available_samplers(config.objective, config.architecture.learn_sigma)
     return ModelRecord(
         id=model,
-        checkpoint=checkpoint.hash,
+        checkpoint=checkpoint,
         labels=[list(names) for names in config.labels],
         image_size=config.image_size,
         image_channels=config.image_channels,
@@ -70,64 +42,61 @@ def describe(model: str, checkpoint: Checkpoint, runner: Runner) -> ModelRecord:
         defaults=config.defaults,
         quality=config.quality,
         metrics={name: value for name, value in config.metrics.items() if isinstance(value, int | float)},
-        device=str(checkpoint.device),
-        dtype=str(next(checkpoint.dit.parameters()).dtype).removeprefix("torch."),
-        max_rows=runner.max_rows,
+        device=str(loader.device),
+        dtype=str(loader.dtype).removeprefix("torch."),
+        max_rows=runner.max_rows if runner else 0,
+        block_cache=loader.block_cache,
     )
 
 
-def _warm_runner(checkpoint: Checkpoint, max_rows: int, max_decode: int, compile: bool) -> Runner:
-    """A compiler that fails costs speed, and a small memory the width of a batch, but not the service.
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses on the device, or, for the CPU, that the system could give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration):
+        return 8 << 30  # no Linux: a guess that holds any one model
 
-    Raises ValueError if the smallest batches do not fit the device's memory.
-    """
-    while True:
-        runner = Runner(checkpoint, max_rows=max_rows, max_decode=max_decode, compile=compile)
-        log.info("%s", "compiling and warming up (the first time takes a minute)" if compile else "warming up")
-        try:
-            runner.warm_up()
-            return runner
-        except torch.OutOfMemoryError as error:
-            if max_rows <= SMALLEST_FORWARD and max_decode <= SMALLEST_DECODE:
-                raise ValueError(f"the model does not fit the device: {str(error).splitlines()[0]}") from error
-            log.warning("out of memory with %d rows to a forward and %d images to a decode; trying half", max_rows, max_decode)
-            max_rows, max_decode = max(SMALLEST_FORWARD, max_rows // 2), max(SMALLEST_DECODE, max_decode // 2)
-        except BackendCompilerFailed as error:
-            log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", str(error).strip().splitlines()[-1])
-            compile = False
-        del runner
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()  # does nothing where there is no CUDA
+
+def trace_to(file: TextIO) -> Callable[[dict[str, Any]], None]:
+    """One JSON line a tick; see docs/engine.md."""
+
+    def write(entry: dict[str, Any]) -> None:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+
+    return write
 
 
 def serve(
     *,
     redis_url: str,
     registry: Path,
-    model: str | None,
+    models: list[str] | None,
     device: str = "auto",
     dtype: str = "auto",
     max_rows: int | None = None,
     compile: bool = True,
+    reproducible: bool = False,
+    block_cache: bool = False,
+    drain_s: float,
+    hang_s: float | None = None,
+    trace: Path | None = None,
 ) -> None:
     """Runs until SIGTERM or SIGINT. Raises CheckpointError or ValueError before anything is served."""
-    name, folder = find_model(registry, model)
     where = choose_device(device)
-    kind = choose_dtype(dtype, where)
-    log.info("loading %s on %s in %s", folder, where, str(kind).removeprefix("torch."))
-    checkpoint = load(folder, where)
-    checkpoint.dit.to(kind)
-    if checkpoint.vae:  # decoding is a small part of the work: on the CPU in float32, which spares a grey level
-        checkpoint.vae.cast(kind if where.type == "cuda" else torch.float32)
-    if compile and not can_compile(where):
-        log.warning("no C++ compiler was found, so the model runs uncompiled, more slowly")
-        compile = False
-    rows, decode = ROWS_CUDA, DECODE_BUCKETS[-1]
-    if where.type == "cpu" and checkpoint.vae:
-        rows, decode = affordable(checkpoint, TICK_S, ROWS_CPU)
-    rows = max_rows or rows
-    log.info("at most %d rows to a forward and %d images to a decode", rows, decode)
-    runner = _warm_runner(checkpoint, rows, decode, compile)
-    worker = DiTWorker(Engine(runner), describe(name, checkpoint, runner), Redis.from_url(redis_url, protocol=2))
-    log.info("serving %s, checkpoint %s", name, checkpoint.hash[:12])
-    worker.work(logging_level="WARNING")
+    loader = Loader(
+        where, choose_dtype(dtype, where), max_rows=max_rows, compile=compile, reproducible=reproducible, block_cache=block_cache
+    )
+
+    def tell(model: str, config: CheckpointConfig, checkpoint: str, runner: Runner | None) -> ModelRecord:
+        return describe(model, config, checkpoint, runner, loader)
+
+    shelf = Shelf(registry, models, loader, tell, budget_bytes=int(_MEMORY_SHARE * free_bytes(where)))
+    with trace.open("w") if trace else nullcontext() as file:
+        engine = Engine(shelf, trace_to(file) if file else None)
+        worker = DiTWorker(engine, Redis.from_url(redis_url, protocol=2), drain_s=drain_s, hang_s=hang_s)
+        log.info("serving %s", ", ".join(f"{record.id} ({record.checkpoint[:12]})" for record in shelf.records()))
+        worker.work(logging_level="WARNING")

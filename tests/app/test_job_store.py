@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import ResponseError
 
 from app.embedded import EmbeddedServer
-from app.jobs import CONNECTION, JobStore, id_time, new_id
+from app.jobs import CONNECTION, JobStore, _refusal, id_time, new_id
 from app.problems import Problem
 from app.routes.jobs import _lines
 from worker import protocol
@@ -163,6 +164,79 @@ def test_the_bound_of_the_queue_is_per_model(with_store: Callable[..., Any]) -> 
         await store.submit(GenerationRequest("birds", (0,), 2.0, (0.0, 1.0), 10, "euler", 7), "b" * 64)
 
     with_store(fill, queue_limit=1)
+
+
+def said_while(redis: Redis, work: Callable[[], object]) -> list[str]:
+    """The commands that the server was sent meanwhile, without what only asks."""
+    with redis.monitor() as monitor:
+        work()
+        redis.echo("end")
+        said: list[str] = []
+        for entry in monitor.listen():
+            said.append(entry["command"].split()[0].upper())
+            if said[-1] == "ECHO":
+                return [name for name in said if name not in ("ECHO", "INFO", "HELLO", "CLIENT", "LLEN")]
+    raise AssertionError("the server ended")
+
+
+def test_a_submission_is_one_transaction(with_store: Callable[..., Any], redis: Redis) -> None:
+    """Whenever the API dies, all of the job is there, or nothing."""
+    said = said_while(redis, lambda: with_store(lambda store: store.submit(REQUEST, "c" * 64)))
+    assert said[0] == "MULTI" and said[-1] == "EXEC" and said.count("MULTI") == said.count("EXEC") == 1, said
+    assert {"HSET", "XADD", "RPUSH", "SADD"} <= set(said)
+
+
+def test_a_submission_rings_for_a_worker(with_store: Callable[..., Any], redis: Redis) -> None:
+    async def submit_many(store: JobStore) -> None:
+        for _ in range(protocol.BELL_RINGS + 2):
+            await store.submit(REQUEST, "c" * 64)
+
+    with_store(submit_many)
+    assert redis.llen(protocol.bell_key("tiny")) == protocol.BELL_RINGS
+    assert 0 < redis.ttl(protocol.bell_key("tiny")) <= protocol.BELL_TTL_S
+
+
+def test_a_job_outlasts_rqs_own_cleaning_of_leases(with_store: Callable[..., Any], redis: Redis) -> None:
+    """It would end the job behind our back when rq's retries are used up; ours counts attempts."""
+    job_id = with_store(lambda store: store.submit(REQUEST, "c" * 64))
+    assert int(redis.hget(f"rq:job:{job_id}", "retries_left") or 0) > 1000
+
+
+def test_a_redis_that_is_full_is_a_503_and_keeps_nothing(mortal_server: EmbeddedServer) -> None:
+    async def submit() -> None:
+        connection = AsyncRedis.from_url(mortal_server.url, **CONNECTION)
+        with Redis.from_url(mortal_server.url, **CONNECTION) as sync:
+            store = JobStore(sync, connection, queue_limit=100, result_ttl_s=600)
+            sync.config_set("maxmemory", 1)
+            with pytest.raises(Problem, match="out of memory") as full:
+                await store.submit(REQUEST, "c" * 64)
+            assert (full.value.status, full.value.retry_after_s) == (503, 30)
+            assert sync.keys("*") == []
+            sync.config_set("maxmemory", 0)
+            assert await store.get(await store.submit(REQUEST, "c" * 64))
+        await connection.aclose()
+
+    asyncio.run(submit())
+
+
+def test_a_job_can_be_canceled_while_redis_is_full(mortal_server: EmbeddedServer) -> None:
+    async def cancel() -> None:
+        connection = AsyncRedis.from_url(mortal_server.url, **CONNECTION)
+        with Redis.from_url(mortal_server.url, **CONNECTION) as sync:
+            store = JobStore(sync, connection, queue_limit=100, result_ttl_s=600)
+            job_id = await store.submit(REQUEST, "c" * 64)
+            sync.config_set("maxmemory", 1)
+            assert await store.cancel(job_id) == "queued"
+            assert (await store.get(job_id))["status"] == "canceled"
+        await connection.aclose()
+
+    asyncio.run(cancel())
+
+
+def test_only_a_server_that_refuses_is_a_503() -> None:
+    disk = _refusal(ResponseError("MISCONF Valkey is configured to save RDB snapshots, but it's currently unable to persist to disk."))
+    assert disk and (disk.status, disk.retry_after_s) == (503, 30) and "disk" in disk.detail
+    assert _refusal(ResponseError("WRONGTYPE Operation against a key")) is None
 
 
 def test_a_version_of_the_payload_is_written(with_store: Callable[..., Any], redis: Redis) -> None:

@@ -92,6 +92,31 @@ def test_what_a_child_started_ends_with_it() -> None:
         assert not Path(f"/proc/{grandchild}/exe").exists()
 
 
+def test_a_child_gets_the_time_it_was_promised_to_end_and_a_second_signal_hurries_it(tmp_path: Path) -> None:
+    """One that ends a second after SIGTERM, or at once after another."""
+    code = (
+        "import signal, sys, time\n"
+        "asked = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
+        "print('up', flush=True)\n"
+        "while not asked: time.sleep(0.01)\n"
+        "end = time.monotonic() + float(sys.argv[1])\n"
+        "while len(asked) < 2 and time.monotonic() < end: time.sleep(0.01)\n"
+        "sys.exit(len(asked))"
+    )
+    for patience_s, drain_s, status in ((60.0, 1.0, 1), (60.0, 1000.0, 2), (0.5, 1000.0, -9)):
+        child = local.Child("worker", {}, patience_s)
+        child.process = subprocess.Popen([sys.executable, "-c", code, str(drain_s)], stdout=subprocess.PIPE, process_group=0)
+        with child.process.stdout as told:
+            assert told.readline() == b"up\n"
+            hurry = threading.Timer(0.5, child.hurry)
+            if status == 2:
+                hurry.start()
+            child.stop()
+        assert child.process.returncode == status
+        child.hurry()  # it has ended; nothing happens
+
+
 def test_a_process_started_by_hand_has_no_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(local.PARENT, raising=False)
     before = threading.active_count()

@@ -164,6 +164,60 @@ def test_a_quality_sets_what_the_request_does_not(resolved: Callable[..., dict[s
     assert resolved(class_label=0, quality="draft")["guidance_scale"] == 2.0
 
 
+TUNED = {
+    "defaults": {"steps": 8, "sampler": "euler", "guidance_scale": 2.0, "guidance_interval": [0.15, 1.0]},
+    "quality": {
+        "draft": {"steps": 5},
+        "standard": {"steps": 8, "sampler": "euler", "guidance_scale": 2.0, "guidance_interval": [0.15, 1.0], "evaluations": 15},
+        "best": {"steps": 30, "sampler": "euler", "guidance_scale": 2.5, "guidance_interval": [0.0, 0.8], "frechet_distance": 1.2},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "scale", "interval"),
+    [
+        ({}, 2.0, [0.15, 1.0]),
+        ({"guidance_scale": 2}, 2.0, [0.15, 1.0]),
+        ({"guidance_scale": 3}, 3.0, [0.0, 1.0]),
+        ({"guidance_scale": 3, "guidance_interval": [0.2, 0.5]}, 3.0, [0.2, 0.5]),
+        ({"guidance_interval": [0, 1]}, 2.0, [0.0, 1.0]),
+        ({"steps": 50}, 2.0, [0.15, 1.0]),
+        ({"quality": "draft"}, 2.0, [0.15, 1.0]),
+        ({"quality": "best"}, 2.5, [0.0, 0.8]),
+        ({"quality": "best", "guidance_scale": 2.5}, 2.5, [0.0, 0.8]),
+        ({"quality": "best", "guidance_scale": 2.0}, 2.0, [0.0, 1.0]),
+        ({"quality": "best", "guidance_interval": [0.3, 0.3]}, 2.5, [0.3, 0.3]),
+    ],
+)
+def test_a_tuned_interval_goes_with_the_scale_it_was_measured_with(
+    resolved: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord], asked: dict[str, Any], scale: float, interval: list[float]
+) -> None:
+    serve(**TUNED)
+    request = resolved(class_label=0, **asked)
+    assert (request["guidance_scale"], request["guidance_interval"]) == (scale, interval)
+    assert resolved(**request) == request
+
+
+def test_a_quality_with_a_scale_of_its_own_and_no_interval_guides_always(
+    resolved: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord]
+) -> None:
+    serve(**{**TUNED, "quality": {"best": {"steps": 30, "guidance_scale": 2.0}}})
+    assert resolved(class_label=0, quality="best")["guidance_interval"] == [0.0, 1.0]
+
+
+def test_a_qualitys_spacing_goes_with_its_sampler(diffused: Callable[..., dict[str, Any]], serve: Callable[..., ModelRecord]) -> None:
+    serve(**{**DIFFUSION, "quality": {"draft": {"steps": 8, "sampler": "ddim", "spacing": "trailing"}}})
+    assert diffused(class_label=0, quality="draft")["spacing"] == "trailing"
+    assert diffused(class_label=0, quality="draft", sampler="dpm-solver++")["spacing"] == "log-snr"
+
+
+def test_the_models_list_shows_the_measured_qualities(client: TestClient, serve: Callable[..., ModelRecord]) -> None:
+    serve(**TUNED)
+    model = client.get("/models/tiny").json()
+    assert (model["quality"], model["defaults"]) == (TUNED["quality"], TUNED["defaults"])
+
+
 def test_a_guidance_interval_may_be_one_point(resolved: Callable[..., dict[str, Any]]) -> None:
     assert resolved(class_label=0, guidance_interval=[1, 1])["guidance_interval"] == [1.0, 1.0]
 

@@ -22,6 +22,7 @@ def test_nothing_needs_to_be_set() -> None:
     assert (settings.host, settings.port, settings.redis_url, settings.device) == ("127.0.0.1", 8000, None, "auto")
     assert (settings.queue_limit, settings.result_ttl, settings.compile) == (1000, 24 * 3600, True)
     assert (settings.checkpoints, settings.data) == (Path("checkpoints"), Path(".dit"))
+    assert (settings.drain_seconds, settings.hang_seconds) == (10, None)
 
 
 def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,11 @@ def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "DTYPE": "bfloat16",
         "MAX_ROWS": "64",
         "COMPILE": "false",
+        "REPRODUCIBLE": "true",
+        "BLOCK_CACHE": "true",
+        "TRACE": "/trace.jsonl",
+        "DRAIN_SECONDS": "3.5",
+        "HANG_SECONDS": "90.0",
         "QUEUE_LIMIT": "5",
         "RESULT_TTL": "60",
         "DATA": "/state",
@@ -42,8 +48,8 @@ def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in values.items():
         monkeypatch.setenv(f"DIT_{name}", value)
-    read = load_settings()
-    assert {name: str(getattr(read, name.lower())) for name in values} == {**values, "COMPILE": "False"}
+    read, switches = load_settings(), {"COMPILE": "False", "REPRODUCIBLE": "True", "BLOCK_CACHE": "True"}
+    assert {name: str(getattr(read, name.lower())) for name in values} == {**values, **switches}
     assert {name.upper() for name in Settings.model_fields} == {*values, "API_KEYS_FILE"}
 
 
@@ -62,6 +68,9 @@ def test_a_file_env_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch
         ("DIT_MAX_ROWS", "1", "greater than or equal to 2"),
         ("DIT_QUEUE_LIMIT", "0", "greater than or equal to 1"),
         ("DIT_RESULT_TTL", "0", "greater than or equal to 1"),
+        ("DIT_DRAIN_SECONDS", "-1", "greater than or equal to 0"),
+        ("DIT_DRAIN_SECONDS", "inf", "finite number"),
+        ("DIT_HANG_SECONDS", "0", "greater than 0"),
         ("DIT_COMPILE", "maybe", "boolean"),
         ("DIT_IMAGE_STORE", "s3://bucket", "only 'redis'"),
         ("DIT_API_KEYS_FILE", "keys.json", "not supported"),

@@ -49,7 +49,7 @@ def test_jobs_survive_kill_9_of_dit_up(own_service: Callable[..., Any], long_job
 def test_ctrl_c_ends_everything_in_order_and_the_job_goes_on_at_the_next_start(
     own_service: Callable[..., Any], long_job: dict[str, Any], long_picture: bytes
 ) -> None:
-    service = own_service().ready()
+    service = own_service(DIT_DRAIN_SECONDS="0").ready()
     job_id = service.submit(**long_job)
     service.running(job_id)
     assert len(service.processes()) == 4  # dit up, its API, its worker, its server

@@ -202,6 +202,12 @@ def inputs(rows: int = 4, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.arange(rows) * 2 + 1, torch.arange(rows) % 5
 
 
+def told(layer: nn.Module, condition: Tensor) -> Tensor:
+    """What a block or the final layer is called with: what its own modulation makes of SiLU(t + y), or [t, y] as it is."""
+    modulation = getattr(layer, "adaLN_modulation", None)
+    return condition if modulation is None else modulation(condition)
+
+
 def seen_by(module: nn.Module) -> list[tuple[Tensor, ...]]:
     """What the module is called with, call by call."""
     calls: list[tuple[Tensor, ...]] = []
@@ -229,7 +235,7 @@ def test_a_block_equals_its_formula(build: Callable[..., DiT], block: str, part:
     condition = torch.randn(3, 32, dtype=torch.float64) if block in ADAPTIVE else torch.randn(3, 2, 32, dtype=torch.float64)
     for module in dit.blocks:
         expected = block_formula(x, condition, dit.config, module.state_dict())
-        torch.testing.assert_close(module(x, condition, None), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(module(x, told(module, condition), None), expected, rtol=1e-9, atol=1e-9)
 
 
 @each_block
@@ -238,8 +244,9 @@ def test_the_final_layer_equals_its_formula_with_and_without_condition(build: Ca
     x = torch.randn(3, 16, 32, dtype=torch.float64)
     one, other = (torch.randn(3, 32, dtype=torch.float64) for _ in range(2))
     final = dit.final_layer
-    torch.testing.assert_close(final(x, one), final_formula(x, one, dit.config, final.state_dict()), rtol=1e-9, atol=1e-9)
-    assert torch.equal(final(x, one), final(x, other)) == (block not in ADAPTIVE)
+    out, another = (final(x, told(final, condition)) for condition in (one, other))
+    torch.testing.assert_close(out, final_formula(x, one, dit.config, final.state_dict()), rtol=1e-9, atol=1e-9)
+    assert torch.equal(out, another) == (block not in ADAPTIVE)
 
 
 @pytest.mark.parametrize("parts", list(product([False, True], repeat=4)), ids=lambda parts: "".join("01"[p] for p in parts))
@@ -302,9 +309,10 @@ def test_the_activation_of_the_condition_is_applied_once(build: Callable[..., Di
     x, t, y = inputs()
     first, final = seen_by(dit.blocks[0]), seen_by(dit.final_layer)
     dit(x, t, y)
-    expected = silu(dit.t_embedder(t) + dit.y_embedder(y))
-    torch.testing.assert_close(first[0][1], expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(first[0][1], final[0][1])
+    condition = silu(dit.t_embedder(t) + dit.y_embedder(y))
+    torch.testing.assert_close(dit.condition(t, y), condition, rtol=1e-9, atol=1e-9)
+    for seen, layer in ((first, dit.blocks[0]), (final, dit.final_layer)):
+        torch.testing.assert_close(seen[0][1], linear(condition, layer.state_dict(), "adaLN_modulation.1"), rtol=1e-9, atol=1e-9)
 
 
 @each_block
@@ -319,6 +327,46 @@ def test_time_class_and_every_token_reach_every_output(
     nudged[0, 0, 7, 7] += 1
     for other in (dit(nudged, t, y), dit(x, t + 5, y), dit(x, t, y + 1)):
         assert torch.all((out - other).abs().amax(1) > 1e-8)
+
+
+# --- what does not depend on x -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_block
+@with_and_without_parts
+def test_denoising_with_what_was_prepared_is_the_forward_bit_for_bit(
+    build_checkpoint: Callable[..., Checkpoint], block: str, parts: dict[str, bool], dtype: torch.dtype
+) -> None:
+    dit = build_checkpoint("diffusion", block=block, **parts).dit.to(dtype)
+    x, t, y = inputs(8)
+    prepared = dit.prepare(t, y)
+    assert prepared.shape == (8, sum(dit.prepared_sizes)) and prepared.dtype == dtype
+    assert torch.equal(dit.denoise(x.float(), prepared), dit(x.float(), t, y))
+
+
+@each_block
+def test_prepared_rows_are_a_table_from_which_any_row_may_be_taken(build_checkpoint: Callable[..., Checkpoint], block: str) -> None:
+    dit = build_checkpoint("diffusion", block=block).dit
+    x, t, y = inputs(8)
+    table = dit.prepare(t, y)
+    rows = torch.tensor([5, 0, 0, 3, 7, 5, 1, 2])
+    assert torch.equal(dit.denoise(x.float(), table[rows]), dit(x.float(), t[rows], y[rows]))
+
+
+@pytest.mark.parametrize(
+    ("block", "sizes"), [("adaln-zero", [192, 192, 64]), ("adaln", [128, 128, 64]), ("cross-attention", [64]), ("in-context", [64])]
+)
+def test_a_prepared_row_holds_what_each_layer_takes(build: Callable[..., DiT], block: str, sizes: list[int]) -> None:
+    """Of width 32: 6, 4 and 2 chunks; or time and class, once for all."""
+    dit = build(block)
+    assert dit.prepared_sizes == sizes
+    _, t, y = inputs()
+    parts, conditions = dit.prepare(t, y).split(sizes, dim=1), dit.conditions(t, y)
+    assert len(conditions) == len(dit.blocks) + 1
+    for part, condition in zip(parts, conditions, strict=block in ADAPTIVE):
+        assert torch.equal(part, condition.flatten(1))
+    assert block in ADAPTIVE or all(condition is conditions[0] for condition in conditions)
 
 
 # --- initialisation ----------------------------------------------------------------------------------------------------
@@ -339,7 +387,7 @@ def test_only_adaln_zero_starts_as_the_identity(fresh: Callable[..., DiT], block
     x = torch.randn(3, 16 + 2 * (block == "in-context"), 128)
     condition = torch.randn(3, 128) if block in ADAPTIVE else torch.randn(3, 2, 128)
     for module in dit.blocks:
-        out = module(x, condition, dit.rotary)
+        out = module(x, told(module, condition), dit.rotary)
         assert torch.equal(out, x) == (block == "adaln-zero")
         assert float((out - x).std()) > 0.1 or block == "adaln-zero"
 
@@ -347,7 +395,8 @@ def test_only_adaln_zero_starts_as_the_identity(fresh: Callable[..., DiT], block
 def test_a_fresh_adaln_block_ignores_its_condition(fresh: Callable[..., DiT]) -> None:
     """All its modulation starts at zero: a plain block, since nothing gates it."""
     block, x = fresh("adaln").blocks[0], torch.randn(3, 16, 128)
-    assert torch.equal(block(x, torch.randn(3, 128), None), block(x, torch.zeros(3, 128), None))
+    one, other = (told(block, condition) for condition in (torch.randn(3, 128), torch.zeros(3, 128)))
+    assert torch.equal(block(x, one, None), block(x, other, None))
 
 
 @each_block
@@ -492,6 +541,7 @@ def test_every_block_is_one_graph_for_the_compiler(build_checkpoint: Callable[..
     """Dynamo alone, which needs no C++ compiler: a graph break or a sync with the host would raise."""
     dit = build_checkpoint("diffusion", block=block, depth=1, **parts).dit
     x, t, y = inputs()
-    compiled = torch.compile(dit, backend="eager", fullgraph=True, dynamic=False)
+    compiled, denoise = (torch.compile(call, backend="eager", fullgraph=True, dynamic=False) for call in (dit, dit.denoise))
     torch.testing.assert_close(compiled(x.float(), t, y), dit(x.float(), t, y), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(denoise(x.float(), dit.prepare(t, y)), dit(x.float(), t, y), rtol=1e-5, atol=1e-5)
     torch.compiler.reset()

@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from model import checkpoint as module
+from model import folders
 from model.checkpoint import Checkpoint, CheckpointError, annotate, load, read_config, resolve, save
 from model.sampling import sample
 
@@ -170,6 +172,55 @@ def test_annotate_adds_metrics_and_files_and_keeps_the_hash(saved: Path) -> None
         load(saved)
 
 
+def test_annotate_replaces_defaults_quality_and_tuning_and_keeps_the_hash_and_the_rest(saved: Path) -> None:
+    annotate(saved, card="# Evaluated\n", files={"grid.png": b"\x89PNG"}, metrics={"class_consistency": 0.94})
+    before = load(saved)
+    changes = {
+        "default_steps": 8,
+        "default_sampler": "ab2",
+        "default_guidance_scale": 1.7,
+        "default_guidance_interval": (0.15, 0.8),
+        "quality": {"best": {"steps": 30, "sampler": "ab2", "guidance_scale": 2.0, "guidance_interval": [0.0, 0.8]}},
+        "tuning": {"samples": 12, "table": [{"steps": 8, "frechet_distance": 1.5}]},
+    }
+    annotate(saved, card="# Tuned\n", files={"tuning.png": b"\x89PNG"}, **changes)
+    after = load(saved)
+    assert after.hash == before.hash and after.config == replace(before.config, **changes)
+    assert after.config.metrics == {"class_consistency": 0.94} and (saved / "grid.png").exists() and (saved / "tuning.png").exists()
+    wanted = {"steps": 8, "sampler": "ab2", "guidance_scale": 1.7, "guidance_interval": [0.15, 0.8]}
+    assert after.config.defaults == wanted and json.loads((saved / "checkpoint.json").read_text())["defaults"] == wanted
+
+
+def test_annotate_refuses_to_make_another_checkpoint(saved: Path) -> None:
+    before, sound = read_config(saved), (saved / "checkpoint.json").read_bytes()
+    architecture = replace(before[0].architecture, frequency_shift=1)
+    with pytest.raises(ValueError, match="architecture: this would make another checkpoint"):
+        annotate(saved, card="", files={}, architecture=architecture)
+    assert (saved / "checkpoint.json").read_bytes() == sound
+    assert [p.name for p in saved.parent.iterdir()] == ["tiny"]
+
+
+def test_a_checkpoint_that_was_never_tuned_says_nothing_of_it(saved: Path) -> None:
+    document = json.loads((saved / "checkpoint.json").read_text())
+    assert "tuning" not in document and set(document["defaults"]) == {"steps", "guidance_scale", "sampler"}
+    config, _ = read_config(saved)
+    assert config.default_guidance_interval is None and config.tuning == {}
+    assert config.guidance_interval_of(config.default_guidance_scale) == (0.0, 1.0)
+
+
+def test_the_default_interval_is_for_the_default_scale(saved: Path) -> None:
+    config = replace(read_config(saved)[0], default_guidance_interval=(0.1, 0.7))
+    assert config.guidance_interval_of(config.default_guidance_scale) == (0.1, 0.7)
+    assert config.guidance_interval_of(config.default_guidance_scale + 1) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("interval", [[0.8, 0.1], [-0.1, 1], [0, 1.1], [0.5], ["a", "b"], 3])
+def test_a_wrong_default_interval_is_refused(saved: Path, interval: Any) -> None:
+    rewrite_manifest(saved, lambda document: document["defaults"].update(guidance_interval=interval))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
+        load(saved)
+
+
 def test_annotate_refuses_a_damaged_checkpoint(saved: Path) -> None:
     (saved / "README.md").write_text("edited")
     with pytest.raises(CheckpointError, match=r"README\.md"):
@@ -296,7 +347,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_manifest", "_replace_folder", "_fsync"])
+@pytest.mark.parametrize("step", ["save_file", "_write_manifest", "_replace_folder", "fsync"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")], ids=["interrupted", "disk full"])
 def test_an_interrupted_save_leaves_nothing_behind(
     tmp_path: Path, build_checkpoint: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
@@ -337,6 +388,7 @@ def test_a_failed_rename_leaves_the_old_checkpoint(
             raise OSError("no space left")
         rename(source, target)
 
+    monkeypatch.setattr(folders, "_exchange_at_once", lambda first, second: False)  # a system that has no such thing
     monkeypatch.setattr(os, "rename", sometimes)
     with pytest.raises(OSError, match="no space left"):
         save(saved, build_checkpoint("flow", seed=1), overwrite=True)

@@ -63,7 +63,7 @@ def test_the_other_blocks_have_the_papers_parameters_and_gmacs(sixteen: list[Cos
 def test_the_decoder_is_that_of_stable_diffusions_autoencoder(sixteen: list[Cost]) -> None:
     assert {c.decoder_gmacs for c in sixteen if c.image_size == 256} == {sixteen[0].decoder_gmacs}
     assert 300 < sixteen[0].decoder_gmacs < 320
-    assert 4 < sixteen[12].decoder_gmacs / sixteen[0].decoder_gmacs < 4.2, "four times the pixels, sixteen times the attention"
+    assert 5.4 < sixteen[12].decoder_gmacs / sixteen[0].decoder_gmacs < 5.8, "four times the pixels, in tiles that overlap"
 
 
 def test_a_picture_is_guided_steps_and_the_decoder(sixteen: list[Cost]) -> None:

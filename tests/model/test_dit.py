@@ -32,7 +32,7 @@ def test_a_fresh_network_predicts_zero(fresh: DiT) -> None:
 def test_a_fresh_block_is_the_identity(fresh: DiT) -> None:
     h, condition = torch.randn(3, 16, 128), torch.randn(3, 128)
     for block in fresh.blocks:
-        assert torch.equal(block(h, condition, None), h)
+        assert torch.equal(block(h, block.adaLN_modulation(condition), None), h)
 
 
 def test_a_fresh_network_still_learns(fresh: DiT) -> None:

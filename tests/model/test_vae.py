@@ -72,3 +72,21 @@ def test_at_least_two_images_decode_alike_in_any_batch(vae: VAE) -> None:
     together = vae.decode(latents)
     for part in (slice(0, 2), slice(1, 4), slice(2, 7)):
         assert torch.equal(vae.decode(latents[part]), together[part])
+
+
+def test_pictures_of_512_pixels_are_decoded_in_tiles_that_meet_without_a_seam() -> None:
+    shape = VAEConfig(
+        image_size=512, image_channels=1, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_attention=False
+    )
+    torch.manual_seed(0)
+    vae = VAE(shape).eval()
+    latents = torch.randn(1, 4, 64, 64)
+    sizes: list[int] = []
+    vae.autoencoder.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[-1]))
+    with torch.inference_mode():
+        tiled = vae.decode(latents)
+        whole = vae.autoencoder.decode(latents, return_dict=False)[0]
+    assert tiled.shape == whole.shape == (1, 1, 512, 512)
+    assert max(sizes[:-1]) == 48, "no tile is as large as the picture"
+    steps = tiled.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # between neighbouring columns; tiles begin at 288
+    assert steps[280:300].max() < 2 * steps.median(), "a seam would be a larger step than any other"

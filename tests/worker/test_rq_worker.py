@@ -3,71 +3,28 @@
 import io
 import json
 import pickle
-import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from redis import Redis
-from rq import Queue
-from rq.serializers import JSONSerializer
 from rq.utils import now
-from torch import Tensor
 
-from worker import protocol, rq_worker
-from worker.engine import Engine, Event
+from worker import heart, maintenance, protocol
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.rq_worker import DiTWorker
-from worker.runner import Runner
+from worker.scheduler import Picture
 
 MakeRequest = Callable[..., GenerationRequest]
-MakeWorker = Callable[[], DiTWorker]
+MakeWorker = Callable[..., DiTWorker]
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
-
-
-class WatchedEngine(Engine):
-    """The engine, with something that happens before a tick."""
-
-    def __init__(self, runner: Runner) -> None:
-        super().__init__(runner)
-        self.ticks = 0
-        self.before: dict[int, Callable[[], object]] = {}
-
-    def tick(self) -> list[Event]:
-        happening = self.before.pop(self.ticks, None)
-        self.ticks += 1
-        if happening:
-            happening()
-        return super().tick()
-
-
-@pytest.fixture
-def make_worker(make_runner: Callable[..., Runner], record: ModelRecord, connect: Callable[[], Redis], redis: Redis) -> MakeWorker:
-    """`make_worker()`: one more worker of the tiny model, with its own slots and connection."""
-    return lambda: DiTWorker(WatchedEngine(make_runner(max_rows=8)), record, connect())
-
-
-@pytest.fixture
-def worker(make_worker: MakeWorker) -> DiTWorker:
-    return make_worker()
-
-
-@pytest.fixture
-def quick_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress is told, and cancels are looked for, after every tick."""
-    monkeypatch.setattr(rq_worker, "TELL_EVERY_S", 0)
-
-
-@pytest.fixture
-def never_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that stands still between two looks sees its job's loss only at the end."""
-    monkeypatch.setattr(rq_worker, "TELL_EVERY_S", 1e9)
 
 
 def work(worker: DiTWorker) -> None:
@@ -83,7 +40,7 @@ def stop(worker: DiTWorker) -> None:
 
 def take(worker: DiTWorker, jobs: Any) -> str:
     """The worker pops a job and leases it, and is not heard of again."""
-    found = Queue.dequeue_any([worker.queue], None, connection=worker.connection, serializer=JSONSerializer)
+    found = worker._take(idle=True)
     assert found, "nothing waits"
     worker._lease(found[0])
     return str(found[0].id)
@@ -92,8 +49,9 @@ def take(worker: DiTWorker, jobs: Any) -> str:
 def assert_clean(jobs: Any, worker: DiTWorker) -> None:
     """Nothing of any job is left in the queue, among the leases or in the engine."""
     assert jobs.leftovers() == []
-    assert worker.leases == {} and not worker.engine.busy
-    assert sorted(worker.engine.scheduler.free_slots) == list(range(8))
+    assert worker.leases == {} and not worker.engine.busy and worker.executions == {}
+    for lane in worker.engine.lanes.values():
+        assert not lane.scheduler.jobs and len(lane.scheduler.free_slots) == lane.runner.slots
 
 
 def expected(make_worker: MakeWorker, jobs: Any, request: GenerationRequest) -> list[bytes]:
@@ -120,7 +78,7 @@ def test_jobs_of_different_steps_all_succeed_and_leave_nothing_behind(
                 image.load()
                 assert image.size == (16, 16)
                 inside = json.loads(image.text["dit"])
-            assert (inside["seed"], inside["checkpoint"]) == (request.seed + index, worker.record.checkpoint)
+            assert (inside["seed"], inside["checkpoint"]) == (request.seed + index, worker.records[0].checkpoint)
         assert jobs.rq_status(job) == "finished"
         assert 590 <= redis.ttl(protocol.job_key(job)) <= 600
     assert_clean(jobs, worker)
@@ -139,7 +97,7 @@ def test_the_record_of_a_job_that_succeeded_is_whole(jobs: Any, worker: DiTWorke
     ]
 
 
-@pytest.mark.usefixtures("quick_to_tell")
+@pytest.mark.usefixtures("quick")
 def test_the_events_of_a_job_tell_its_story(jobs: Any, worker: DiTWorker, make_request: MakeRequest) -> None:
     job = jobs.submit(make_request(steps=4))
     work(worker)
@@ -159,7 +117,7 @@ def test_a_job_that_comes_late_joins_those_that_run(jobs: Any, worker: DiTWorker
     worker.engine.before[3] = lambda: late.append(jobs.submit(make_request(steps=2, seed=9)))
     work(worker)
     assert jobs.status(long) == jobs.status(late[0]) == "succeeded"
-    assert worker.engine.ticks <= 31, "it took no tick of its own"
+    assert worker.engine.ticks <= 32, "it took no step of its own"
     assert float(jobs.record(late[0])["finished_at"]) <= float(jobs.record(long)["finished_at"])
 
 
@@ -180,7 +138,7 @@ def test_a_worker_tells_what_it_serves_until_it_stops(redis: Redis, jobs: Any, w
         [redis.get("dit:model:tiny"), redis.ttl("dit:model:tiny"), redis.smembers(protocol.MODELS_KEY)]
     )
     work(worker)
-    assert ModelRecord.parse(told[0]) == worker.record
+    assert ModelRecord.parse(told[0]) == worker.records[0]
     assert 0 < told[1] <= protocol.MODEL_TTL_S and told[2] == {b"tiny"}
     assert redis.get("dit:model:tiny") is None
 
@@ -192,39 +150,30 @@ def test_a_worker_that_stops_leaves_the_record_to_another_of_its_model(redis: Re
     assert redis.get("dit:model:tiny") is not None
 
 
-def test_leases_are_renewed_while_jobs_run(
+def test_promises_are_kept_while_a_step_runs(
     redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rq_worker, "RENEW_EVERY_S", 0)
+    """Leases, the worker's own heartbeat and the model's record, all about to end, are renewed beside a step that takes its time."""
+    monkeypatch.setattr(heart, "RENEW_EVERY_S", 0.05)
     for _ in range(2):
         jobs.submit(make_request(steps=6))
     left: list[float] = []
 
-    def soon() -> None:
+    def long_step() -> None:
         for entry in redis.zrange(jobs.started, 0, -1):
             redis.zadd(jobs.started, {entry: time.time() + 1})
-
-    def look() -> None:
+        redis.expire(worker.key, 1)
+        redis.delete(protocol.model_key("tiny"))
+        deadline = time.monotonic() + 30
+        while not redis.exists(protocol.model_key("tiny")) and time.monotonic() < deadline:
+            time.sleep(0.01)
         left.extend(score - time.time() for _, score in redis.zrange(jobs.started, 0, -1, withscores=True))
+        left.append(redis.ttl(worker.key))
 
-    worker.engine.before = {2: soon, 4: look}
+    worker.engine.before = {2: long_step}
     work(worker)
-    assert len(left) == 2
-    assert all(2 < seconds <= protocol.LEASE_S for seconds in left)
-
-
-def test_promises_outlast_the_ticks_of_a_slow_model(redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest) -> None:
-    worker.engine.runner.slowest_tick_s = 60.0
-    jobs.submit(make_request(steps=2))
-    left: list[float] = []
-
-    def look() -> None:
-        left.extend(score - time.time() for _, score in redis.zrange(jobs.started, 0, -1, withscores=True))
-        left.append(redis.ttl(protocol.model_key("tiny")))
-
-    worker.engine.before = {1: look}
-    work(worker)
-    assert len(left) == 2 and all(230 < seconds <= 240 for seconds in left)
+    assert len(left) == 3
+    assert all(2 < seconds <= protocol.LEASE_S for seconds in left[:2]) and left[2] > 20
 
 
 # Jobs that cannot be done.
@@ -277,7 +226,7 @@ def test_a_job_of_other_data_fails_and_does_not_stop_the_worker(
 
 
 def test_a_job_that_someone_else_put_into_the_queue_fails_without_a_record(redis: Redis, jobs: Any, worker: DiTWorker, trap: Path) -> None:
-    job = worker.queue.enqueue("trap.spring", 1, job_timeout=10)
+    job = worker.queues[0].enqueue("trap.spring", 1, job_timeout=10)
     work(worker)
     assert jobs.rq_status(job.id) == "failed"
     assert redis.keys("dit:job:*") == []
@@ -289,7 +238,7 @@ def test_a_job_that_someone_else_put_into_the_queue_fails_without_a_record(redis
     ("field", "value", "message"),
     [
         ("version", "99", "payload version b'99' is not understood by this worker (version 2)"),
-        ("checkpoint", "f" * 64, "the job is pinned to checkpoint ffffffffffff, but abababababab is served now; submit it again"),
+        ("checkpoint", "f" * 64, "checkpoint ffffffffffff of tiny is not here"),
         ("request", "no JSON", "not a generation request: "),
     ],
 )
@@ -317,14 +266,14 @@ def test_a_job_whose_step_throws_fails_alone_and_is_not_tried_again(
     jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
 ) -> None:
     clean = expected(make_worker, jobs, make_request(steps=6))
-    forward = worker.engine.runner._forward
+    step = worker.engine.runner.step
 
-    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if (y == 3).any():
+    def run(pictures: Sequence[Picture]) -> None:
+        if any(picture.class_label == 3 for picture in pictures):
             raise RuntimeError("class 3 is too much")
-        return forward(x, t, y)
+        step(pictures)
 
-    worker.engine.runner._forward = run
+    worker.engine.runner.step = run
     good, bad = jobs.submit(make_request(steps=6)), jobs.submit(make_request(class_labels=(0, 3)))
     work(worker)
     assert jobs.images(good) == clean
@@ -346,14 +295,14 @@ def test_a_job_canceled_before_it_starts_is_never_run(jobs: Any, worker: DiTWork
 
 def test_a_job_canceled_between_queue_and_lease_is_never_run(jobs: Any, worker: DiTWorker, make_request: MakeRequest) -> None:
     job = jobs.submit(make_request())
-    found = Queue.dequeue_any([worker.queue], None, connection=worker.connection, serializer=JSONSerializer)
-    assert jobs.cancel(job) == "queued"
+    found = worker._take(idle=True)
+    assert found and jobs.cancel(job) == "queued"
     worker.execute_job(*found)
     assert (jobs.status(job), jobs.rq_status(job), worker.engine.ticks) == ("canceled", "finished", 0)
     assert_clean(jobs, worker)
 
 
-@pytest.mark.usefixtures("quick_to_tell")
+@pytest.mark.usefixtures("quick")
 def test_a_running_job_is_canceled_at_its_next_step_and_its_neighbour_goes_on(
     jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
 ) -> None:
@@ -362,7 +311,7 @@ def test_a_running_job_is_canceled_at_its_next_step_and_its_neighbour_goes_on(
     worker.engine.before[3] = lambda: jobs.cancel(job)
     work(worker)
     assert jobs.status(job) == "canceled" and jobs.events(job)[-1] == ("done", {"status": "canceled"})
-    assert worker.engine.ticks == 9
+    assert 9 <= worker.engine.ticks <= 10, "the last may wait for its PNG alone"
     assert jobs.images(neighbour) == clean
     assert_clean(jobs, worker)
 
@@ -429,7 +378,7 @@ def test_a_busy_worker_looks_for_the_jobs_of_dead_ones_too(jobs: Any, make_worke
     busy.engine.before[3] = time_passes
     work(busy)
     assert jobs.status(lost) == "succeeded"
-    assert busy.engine.ticks <= 21, "it joined the job that ran"
+    assert busy.engine.ticks <= 22, "it joined the job that ran"
 
 
 def test_after_so_many_dead_workers_the_job_fails_and_says_why(
@@ -454,9 +403,9 @@ def test_after_so_many_dead_workers_the_job_fails_and_says_why(
 def test_a_job_popped_but_never_leased_waits_again(
     redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rq_worker, "STUCK_AFTER_S", 0)
+    monkeypatch.setattr(maintenance, "STUCK_AFTER_S", 0)
     job, behind = jobs.submit(make_request()), jobs.submit(make_request())
-    Queue.dequeue_any([worker.queue], None, connection=redis, serializer=JSONSerializer)
+    worker._take(idle=True)
     worker.clean_registries()
     assert jobs.waiting() == [behind], "seen once, it may be on its way to a lease"
     jobs.expire_leases()
@@ -468,7 +417,7 @@ def test_a_job_popped_but_never_leased_waits_again(
 
 
 def test_what_is_popped_and_unknown_is_forgotten(redis: Redis, jobs: Any, worker: DiTWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rq_worker, "STUCK_AFTER_S", 0)
+    monkeypatch.setattr(maintenance, "STUCK_AFTER_S", 0)
     redis.rpush(jobs.intermediate, "nobody")
     for _ in range(2):
         jobs.expire_leases()
@@ -479,12 +428,11 @@ def test_what_is_popped_and_unknown_is_forgotten(redis: Redis, jobs: Any, worker
 def test_a_leased_job_is_not_taken_for_a_stuck_one(
     redis: Redis, jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rq_worker, "STUCK_AFTER_S", 0)
+    monkeypatch.setattr(maintenance, "STUCK_AFTER_S", 0)
     job = jobs.submit(make_request())
     take(make_worker(), jobs)
     redis.rpush(jobs.intermediate, job)  # as between prepare_execution and prepare_job_execution
     for _ in range(3):
-        redis.delete("dit:reaper:dit-tiny")
         worker.clean_registries()
     assert jobs.waiting() == []
 
@@ -516,6 +464,164 @@ def test_maintenance_forgets_what_ended_long_ago(redis: Redis, jobs: Any, worker
     assert not redis.exists(*sets, "rq:workers:dit-tiny")
 
 
+def test_two_cleaners_at_once_requeue_each_job_once(
+    redis: Redis, jobs: Any, make_worker: MakeWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of jobs whose worker died, and of jobs that were popped and never leased."""
+    monkeypatch.setattr(maintenance, "STUCK_AFTER_S", 0)
+    ids = [jobs.submit(make_request()) for _ in range(40)]
+    dead = make_worker()
+    for _ in ids[:20]:
+        found = dead._take(idle=True)
+        assert found
+        dead._start(found[0])
+    for _ in ids[20:]:
+        dead._take(idle=True)
+    jobs.expire_leases()
+    cleaners = [make_worker() for _ in range(3)]
+    for _ in range(2):
+        threads = [threading.Thread(target=cleaner.clean_registries) for cleaner in cleaners]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert sorted(jobs.waiting()) == sorted(ids)
+    assert redis.zcard(jobs.started) == 0 and redis.llen(jobs.intermediate) == 0
+    assert all(jobs.events(job).count(("queued", {"retry": True})) == 1 for job in ids[:20])
+
+
+def test_a_job_that_is_in_the_queue_twice_runs_once(
+    jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
+) -> None:
+    job, other = jobs.submit(make_request(steps=9)), make_worker()
+    worker.engine.before[2] = lambda: jobs.redis.rpush(jobs.queue, job)
+    worker.engine.before[4] = lambda: work(other)
+    work(worker)
+    assert (jobs.status(job), jobs.record(job)["attempts"], other.engine.ticks) == ("succeeded", "1", 0)
+    assert_clean(jobs, worker)
+
+
+def test_a_job_that_was_deleted_in_rq_ends_here_too(redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest) -> None:
+    job, neighbour = jobs.submit(make_request()), jobs.submit(make_request())
+    redis.delete(f"rq:job:{job}")
+    work(worker)
+    assert (jobs.status(job), jobs.record(job)["error"]) == ("failed", "it was deleted from the queue")
+    assert jobs.status(neighbour) == "succeeded"
+    assert_clean(jobs, worker)
+
+
+# Jobs that may be what kills their workers.
+
+
+def abandon(jobs: Any, dead: DiTWorker, times: int) -> None:
+    """The next job's worker dies, so often."""
+    for _ in range(times):
+        job = take(dead, jobs)
+        dead.engine.remove(job)
+        dead.leases.clear()
+        jobs.expire_leases()
+        dead.clean_registries()
+
+
+def company(worker: DiTWorker) -> list[set[str]]:
+    """The jobs of each tick to come."""
+    seen: list[set[str]] = []
+    tick = worker.engine.tick
+
+    def watched() -> Any:
+        seen.append(set(worker.engine.jobs))
+        return tick()
+
+    worker.engine.tick = watched
+    return seen
+
+
+@pytest.mark.usefixtures("quick")
+def test_from_its_third_attempt_a_job_runs_alone(jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest) -> None:
+    suspect = jobs.submit(make_request(steps=5))
+    abandon(jobs, make_worker(), 2)
+    jobs.redis.lmove(jobs.queue, jobs.queue, "RIGHT", "LEFT")
+    others = [jobs.submit(make_request(steps=5, seed=seed)) for seed in range(3)]
+    seen = company(worker)
+    work(worker)
+    assert jobs.images(suspect) and all(jobs.images(job) for job in others)
+    assert jobs.record(suspect)["attempts"] == "3"
+    assert all(together == {suspect} for together in seen if suspect in together)
+    assert set(others) in seen, "the others shared their steps"
+    assert all(key.endswith(":executions") and jobs.redis.ttl(key) > 0 for key in jobs.leftovers()), "of the dead worker"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_busy_worker_ends_its_jobs_before_it_takes_one_that_runs_alone(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
+) -> None:
+    busy = jobs.submit(make_request(steps=12))
+    later: list[str] = []
+
+    def comes_back() -> None:
+        later.append(jobs.submit(make_request(steps=3)))
+        redis.hset(protocol.job_key(later[0]), "attempts", 2)
+        later.append(jobs.submit(make_request(steps=3)))
+
+    def look() -> None:
+        assert jobs.waiting() == later, "not popped, while another worker might take it"
+        assert redis.zcard(jobs.started) == 1
+
+    worker.engine.before = {2: comes_back, 8: look}
+    seen = company(worker)
+    work(worker)
+    suspect, behind = later
+    assert [jobs.status(job) for job in (busy, suspect, behind)] == ["succeeded"] * 3
+    order = [next(iter(together)) for together in seen if len(together) == 1]
+    assert len(seen) == len(order) and list(dict.fromkeys(order)) == [busy, suspect, behind]
+    assert jobs.record(suspect)["attempts"] == "3"
+    assert_clean(jobs, worker)
+
+
+def test_a_busy_worker_waits_only_as_long_as_no_idle_one_takes_the_suspect(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
+) -> None:
+    busy, idle = jobs.submit(make_request(steps=12)), make_worker()
+    suspect: list[str] = []
+
+    def comes_back() -> None:
+        suspect.append(jobs.submit(make_request(steps=3)))
+        redis.hset(protocol.job_key(suspect[0]), "attempts", 2)
+
+    worker.engine.before = {2: comes_back, 8: lambda: work(idle)}
+    work(worker)
+    assert jobs.status(suspect[0]) == jobs.status(busy) == "succeeded"
+    assert idle.engine.ticks >= 3 and worker.engine.ticks <= 13
+
+
+def test_a_job_that_must_run_alone_and_was_popped_by_a_busy_worker_goes_back(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest
+) -> None:
+    """Where its attempts changed between queue and lease."""
+    neighbour, job = jobs.submit(make_request()), jobs.submit(make_request())
+    take(worker, jobs)
+    found = worker._take(idle=False)
+    redis.hset(protocol.job_key(job), "attempts", 2)
+    worker._lease(found[0])
+    assert list(worker.leases) == [neighbour] and jobs.waiting() == [job]
+    assert (jobs.status(job), jobs.record(job)["attempts"]) == ("queued", "2")
+    assert redis.zcard(jobs.started) == 1 and len(worker.executions) == 1
+
+
+def test_a_job_that_killed_five_workers_is_dead_and_is_listed(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
+) -> None:
+    job = jobs.submit(make_request())
+    abandon(jobs, make_worker(), protocol.MAX_ATTEMPTS)
+    assert jobs.status(job) == "failed" and jobs.dead() == [job] and jobs.waiting() == []
+    assert 590 <= redis.ttl(protocol.DEAD_KEY) <= 600
+    assert redis.zscore("rq:failed:dit-tiny", job) and 590 <= redis.ttl(f"rq:job:{job}") <= 600
+    assert redis.ttl(protocol.job_key(job)) > 0 and redis.ttl(protocol.events_key(job)) > 0
+    assert jobs.events(job)[-1] == ("done", {"status": "failed", "error": "given up: its worker died 5 times"})
+    work(worker)
+    assert worker.engine.ticks == 0
+
+
 # Workers that stop, or stand still.
 
 
@@ -540,14 +646,13 @@ def test_a_stop_in_mid_job_gives_the_jobs_back_at_the_front_in_order_and_the_nex
 
 
 def test_many_restarts_do_not_use_up_a_jobs_attempts(jobs: Any, make_worker: MakeWorker, make_request: MakeRequest) -> None:
-    job, worker = jobs.submit(make_request(steps=4)), make_worker()
+    job = jobs.submit(make_request(steps=4))
     for _ in range(protocol.MAX_ATTEMPTS + 2):
-        worker._stop_requested = False
-        worker.engine.before[worker.engine.ticks] = lambda: stop(worker)
+        worker = make_worker()
+        worker.engine.before[1] = partial(stop, worker)
         work(worker)
-        assert jobs.waiting() == [job]
-    worker._stop_requested = False
-    work(worker)
+        assert jobs.waiting() == [job] and worker.engine.ticks == 2
+    work(make_worker())
     assert jobs.status(job) == "succeeded"
 
 
@@ -573,6 +678,7 @@ def frozen(worker: DiTWorker, jobs: Any, at_tick: int, meanwhile: Callable[[], o
     """At this tick the worker stands still for so long that its leases run out, and this happens."""
 
     def freeze() -> None:
+        worker.heart.end()
         jobs.expire_leases()
         meanwhile()
 
@@ -591,7 +697,7 @@ def test_a_frozen_workers_late_end_is_dropped(
         work(other)
         seen.append((jobs.record(job), jobs.events(job), redis.ttl(f"rq:job:{job}") > 0))
         if late == "failure":
-            worker.engine.runner._forward = None
+            worker.engine.runner.step = None
 
     frozen(worker, jobs, 3, meanwhile)
     work(worker)
@@ -615,7 +721,7 @@ def test_a_frozen_workers_late_end_takes_nothing_from_the_job_that_waits_again(
         assert jobs.waiting() == [job]
         redis.rename(jobs.queue, "aside")  # so that the frozen worker does not take it itself
         if late == "failure":
-            worker.engine.runner._forward = None
+            worker.engine.runner.step = None
 
     frozen(worker, jobs, 3, meanwhile)
     work(worker)
@@ -626,7 +732,7 @@ def test_a_frozen_workers_late_end_takes_nothing_from_the_job_that_waits_again(
     assert_clean(jobs, other)
 
 
-@pytest.mark.usefixtures("quick_to_tell")
+@pytest.mark.usefixtures("quick")
 def test_a_frozen_worker_drops_the_job_as_soon_as_it_looks(
     jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
 ) -> None:
@@ -648,7 +754,7 @@ def test_a_frozen_worker_that_takes_its_own_job_again_runs_it_once(
     frozen(worker, jobs, 3, other.clean_registries)
     work(worker)
     assert jobs.images(job) == clean
-    assert worker.engine.ticks == 4 + 6
+    assert 4 + 6 <= worker.engine.ticks <= 4 + 6 + 1
     assert jobs.record(job)["attempts"] == "2"
     assert_clean(jobs, worker)
 
@@ -671,44 +777,3 @@ def test_a_frozen_worker_that_is_stopped_gives_back_only_what_is_still_its_own(
     assert jobs.waiting() == kept
     assert (jobs.status(lost), jobs.rq_status(lost)) == ("running", "started")
     assert [entry.decode().split(":")[0] for entry in redis.zrange(jobs.started, 0, -1)] == [lost]
-
-
-# The process.
-
-
-@pytest.mark.timeout(600)
-def test_sigterm_gives_the_job_back_and_ends_the_process(
-    redis: Redis,
-    redis_url: str,
-    jobs: Any,
-    make_checkpoint: Callable[..., Path],
-    make_request: MakeRequest,
-    tmp_path: Path,
-) -> None:
-    """`worker.serve` as `dit worker` starts it, from a checkpoint on disk."""
-    folder = make_checkpoint(tmp_path / "registry")
-    identity = json.loads((folder / "checkpoint.json").read_text())["hash"]
-    code = (
-        "from pathlib import Path; from worker.serve import serve\n"
-        f"serve(redis_url={redis_url!r}, registry=Path({str(tmp_path / 'registry')!r}), model=None, device='cpu', dtype='float32', "
-        "max_rows=8, compile=False)"
-    )
-    errors = tmp_path / "errors"
-    with errors.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=file)
-    try:
-        job = jobs.submit(make_request(steps=1000, class_labels=(0,) * 64), checkpoint=identity)
-        deadline = time.monotonic() + 300
-        while int(jobs.record(job).get("step", 0)) == 0:
-            assert time.monotonic() < deadline and process.poll() is None, errors.read_text()
-            time.sleep(0.05)
-        served = ModelRecord.parse(redis.get("dit:model:tiny"))
-        assert (served.checkpoint, served.dtype, served.max_rows) == (identity, "float32", 8)
-        assert (served.samplers, served.spacings) == (["euler", "heun", "ab2"], [])
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0 and "Traceback" not in errors.read_text(), errors.read_text()
-    finally:
-        process.kill()
-        process.wait()
-    assert (jobs.status(job), jobs.waiting(), jobs.leftovers()) == ("queued", [job], [jobs.queue])
-    assert redis.get("dit:model:tiny") is None

@@ -1,16 +1,14 @@
-"""One worker serves every block and every part: late jobs share its steps, and each picture is the reference sampler's, bit for bit."""
+"""One worker serves every block and every part: late jobs share its steps, and each picture is the reference sampler's."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
 
 from model.config import BLOCKS
-from model.sampling import sample
+from tests.worker.plays import Play, by_itself, reference_latents, same
 from worker.protocol import GenerationRequest
 from worker.runner import Runner
-from worker.scheduler import Job, Scheduler
 
 EVERY_PART = {"qk_norm": True, "rms_norm": True, "swiglu": True, "rope": True}
 
@@ -22,29 +20,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
-
-
-def served(runner: Runner, requests: Sequence[GenerationRequest]) -> list[list[np.ndarray | None]]:
-    """Each request's pictures; the next one joins at every tick."""
-    scheduler = Scheduler(runner.max_rows)
-    pictures: list[list[np.ndarray | None]] = [[None] * request.num_images for request in requests]
-    tick = 0
-    while tick < len(requests) or scheduler.batch():
-        if tick < len(requests):
-            request = requests[tick]
-            plan = runner.plan(request)
-            scheduler.add(Job(str(tick), request.class_labels, request.seed, request.guidance_scale, plan.guided, plan))
-        runner.start(scheduler.admit())
-        batch = scheduler.batch()
-        runner.step(batch)
-        for picture in batch:
-            picture.evaluation += 1
-        done = [picture for picture in batch if picture.done]
-        for picture, pixels in zip(done, runner.decode(done), strict=True):
-            pictures[int(picture.job.id)][picture.index] = pixels
-            scheduler.retire(picture)
-        tick += 1
-    return pictures
 
 
 @pytest.mark.parametrize("parts", [{}, EVERY_PART], ids=["plain", "every part"])
@@ -64,10 +39,10 @@ def test_the_same_worker_serves_every_block_as_the_reference_samples_it(
         make_request(sampler=sampler, class_labels=(3,), steps=3, guidance_scale=1.0, seed=4),
         make_request(sampler=sampler, class_labels=(2, 3), steps=4, guidance_scale=3.5, seed=20),
     ]
-    for request, pictures in zip(requests, served(runner, requests), strict=True):
-        seeds = range(request.seed, request.seed + request.num_images)
-        settings = {"steps": request.steps, "guidance_scale": request.guidance_scale, "sampler": sampler, "seeds": seeds}
-        expected = sample(runner.checkpoint, request.class_labels, **settings).numpy()
-        assert expected.std() > 1, "the pictures show something"
-        assert all(picture is not None for picture in pictures)
-        assert np.array_equal(np.stack(pictures), expected)
+    found = Play(runner).run(list(enumerate(requests)))
+    for name, request in enumerate(requests):
+        ours = [found[str(name), i] for i in range(request.num_images)]
+        latents = torch.stack([latent for latent, _ in ours])
+        torch.testing.assert_close(latents, reference_latents(runner, request), rtol=1e-4, atol=1e-4)
+        assert all(same(picture, by_itself(runner, request, i)) for i, picture in enumerate(ours))
+        assert all(pixels.std() > 1 for _, pixels in ours), "the pictures show something"

@@ -1,52 +1,76 @@
-"""Before anything is served: a compiler that fails and a memory that is too small cost speed, not the service."""
+"""What a worker tells of its models, and what it reads of its machine."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
-from model.checkpoint import Checkpoint
-from worker import serve
-from worker.runner import Runner
+from model.checkpoint import load
+from worker.load import Loader
+from worker.protocol import ModelRecord
+from worker.serve import describe, free_bytes, serve, trace_to
 
-
-@pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
-    """Rows, images a decode and compiling of every runner that was warmed up; those with over 8 rows do not fit."""
-    seen: list[tuple[int, int, bool]] = []
-    build = Runner.__init__
-
-    def init(self: Runner, checkpoint: Checkpoint, *, max_rows: int, compile: bool, max_decode: int | None = None) -> None:
-        build(self, checkpoint, max_rows=max_rows, compile=False, max_decode=max_decode)
-        seen.append((max_rows, max_decode or 0, compile))
-
-    def warm_up(self: Runner) -> None:
-        if self.max_rows > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate everything")
-        if seen[-1][2]:
-            raise BackendCompilerFailed(lambda: None, RuntimeError("a header is gone"), None)
-
-    monkeypatch.setattr(Runner, "__init__", init)
-    monkeypatch.setattr(Runner, "warm_up", warm_up)
-    return seen
+CPU = torch.device("cpu")
 
 
-def test_batches_that_do_not_fit_are_halved_and_a_failing_compiler_is_left_out(
-    build_checkpoint: Callable[..., Checkpoint], tried: list[tuple[int, int, bool]], caplog: pytest.LogCaptureFixture
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("objective", "samplers", "spacings"),
+    [
+        ("flow", ["euler", "heun", "ab2"], {}),
+        (
+            "diffusion",
+            ["ddpm", "ddpm-small", "ddpm-large", "ddim", "dpm-solver++", "sde-dpm-solver++"],
+            {"ddim": "paper", "dpm-solver++": "log-snr"},
+        ),
+    ],
+)
+def test_a_record_says_what_the_model_can_do_and_whether_it_is_resident(
+    tmp_path: Path, make_checkpoint: Callable[..., Path], objective: str, samplers: list[str], spacings: dict[str, str]
 ) -> None:
-    runner = serve._warm_runner(build_checkpoint("flow"), 32, 4, compile=True)
-    assert tried == [(32, 4, True), (16, 2, True), (8, 2, True), (8, 2, False)] and runner.max_rows == 8
-    assert "out of memory with 32 rows" in caplog.text and "a header is gone" in caplog.text
+    folder = make_checkpoint(tmp_path, objective)
+    checkpoint, loader = load(folder), Loader(CPU, torch.bfloat16, max_rows=4, compile=False)
+    record = describe("tiny", checkpoint.config, checkpoint.hash, None, loader)
+    assert (record.id, record.checkpoint, record.objective, record.samplers) == ("tiny", checkpoint.hash, objective, samplers)
+    assert (record.image_size, record.image_channels, record.labels[0]) == (16, 1, ["cat", "house cat"])
+    assert (record.device, record.dtype, record.max_rows, record.max_steps) == ("cpu", "bfloat16", 0, 1000)
+    assert spacings.items() <= record.default_spacings.items() and bool(record.spacings) == (objective == "diffusion")
+    assert record.defaults["steps"] == 4
+    assert ModelRecord.parse(record.dump()) == record, "it travels through Redis"
+    assert describe("tiny", checkpoint.config, checkpoint.hash, loader(folder), loader).max_rows == 4
 
 
-def test_a_model_that_does_not_fit_at_all_says_so(
-    build_checkpoint: Callable[..., Checkpoint], tried: list[tuple[int, int, bool]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Runner) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate everything")
+def test_free_memory_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 << 26 < free_bytes(CPU) < 1 << 45
 
-    monkeypatch.setattr(Runner, "warm_up", full)
-    with pytest.raises(ValueError, match=r"does not fit the device: CUDA out of memory\.$"):
-        serve._warm_runner(build_checkpoint("flow"), 8, 2, compile=False)
-    assert tried[-1] == (4, 2, False)
+    def no_linux(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", no_linux)
+    assert free_bytes(CPU) == 8 << 30
+
+
+def test_a_trace_is_one_json_line_a_tick_that_can_be_read_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    with path.open("w") as file:
+        write = trace_to(file)
+        for tick in range(3):
+            write({"t": tick, "steps": [("a", 0, tick)]})
+            assert [json.loads(line)["t"] for line in path.read_text().splitlines()] == list(range(tick + 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"device": "tpu"}, "DIT_DEVICE=tpu"), ({"dtype": "int4"}, "DIT_DTYPE=int4"), ({}, "no model in .*, which has: none")],
+)
+def test_what_cannot_be_served_is_refused_before_redis_is_asked(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        serve(redis_url="unix:///nowhere.sock", registry=tmp_path, models=None, drain_s=1, **settings)

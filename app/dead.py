@@ -1,0 +1,87 @@
+"""Jobs that were given up because their workers died: a list of them, and the way back into the queue."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from app.jobs import enqueue
+from worker import protocol
+from worker.protocol import DEAD_KEY, GenerationRequest
+
+_FORGOTTEN = ("error", "started_at", "finished_at", "images", "execution")  # of a job that starts afresh
+
+
+@dataclass(frozen=True)
+class DeadJob:
+    """What there is to know before it is tried again."""
+
+    id: str
+    model: str
+    class_labels: list[int | None]
+    attempts: int
+    ended_at: float  # Unix seconds
+    error: str
+
+
+def dead_jobs(redis: Redis) -> list[DeadJob]:
+    """The newest first. Ids whose record has expired are forgotten on the way."""
+    connection: Any = redis  # its answers are bytes here, which its types do not say
+    ended = {job_id.decode(): score for job_id, score in connection.zrange(DEAD_KEY, 0, -1, desc=True, withscores=True)}
+    with connection.pipeline(transaction=False) as pipeline:
+        for job_id in ended:
+            pipeline.hmget(protocol.job_key(job_id), "model", "request", "attempts", "error")
+        records = dict(zip(ended, pipeline.execute(), strict=True))
+    expired = [job_id for job_id, record in records.items() if record[1] is None]
+    if expired:
+        connection.zrem(DEAD_KEY, *expired)
+    return [_dead_job(job_id, ended[job_id], *record) for job_id, record in records.items() if job_id not in expired]
+
+
+def _dead_job(job_id: str, ended_at: float, model: bytes, request: bytes, attempts: bytes | None, error: bytes | None) -> DeadJob:
+    labels = json.loads(request)["class_labels"]
+    return DeadJob(job_id, model.decode(), labels, int(attempts or 0), ended_at, (error or b"").decode())
+
+
+def requeue(redis: Redis, job_id: str) -> None:
+    """Start a dead job afresh, with all its attempts. ValueError if it has expired, or is not dead (any more).
+
+    The record, its events and the rq job change in one transaction, which ends without effect if another was quicker.
+    """
+    keys = (protocol.job_key(job_id), protocol.events_key(job_id), DEAD_KEY)
+    redis.transaction(lambda pipeline: _requeue(pipeline, redis, job_id), *keys)
+
+
+def _requeue(pipeline: Any, redis: Redis, job_id: str) -> None:
+    """Reads under the watch of a transaction, then says what belongs to it."""
+    request, ttl_s = _dead_request(pipeline, job_id)
+    key, events = protocol.job_key(job_id), protocol.events_key(job_id)
+    last = pipeline.xrevrange(events, count=1)
+    queue = Queue(protocol.queue_name(request.model), connection=redis, serializer=JSONSerializer)
+    pipeline.multi()
+    queue.failed_job_registry.remove(job_id, pipeline=pipeline)
+    pipeline.delete(f"{Job.redis_job_namespace_prefix}{job_id}")  # the rq job that failed, with the time at which it would expire
+    enqueue(pipeline, queue, job_id, request, ttl_s)
+    pipeline.hset(key, mapping={"status": protocol.QUEUED, "attempts": 0, "step": 0})
+    pipeline.hdel(key, *_FORGOTTEN)
+    pipeline.persist(key)
+    if last:
+        pipeline.xdel(events, last[0][0])  # its 'done': whoever reads the events stops there
+    pipeline.xadd(events, {"event": "queued", "data": json.dumps({"retry": True})})
+    pipeline.persist(events)
+    pipeline.zrem(DEAD_KEY, job_id)
+
+
+def _dead_request(pipeline: Any, job_id: str) -> tuple[GenerationRequest, int]:
+    """What a dead job was asked for, and how many seconds its result lives. ValueError if it is not dead."""
+    is_dead = pipeline.zscore(DEAD_KEY, job_id) is not None  # asked first, so that the status told is the one it has since
+    status, text, ttl_s = pipeline.hmget(protocol.job_key(job_id), "status", "request", "result_ttl_s")
+    if status is None:
+        raise ValueError(f"there is no job {job_id[:60]!a}, or its record has expired; submit it again")
+    if not is_dead:
+        raise ValueError(f"job {job_id} is {status.decode()}, and not among the dead")
+    return GenerationRequest.parse(text.decode()), int(ttl_s)

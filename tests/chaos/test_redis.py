@@ -1,0 +1,82 @@
+"""Redis is killed, full, or cannot write its disk, while jobs run: workers wait for it, and nothing is lost."""
+
+import signal
+import time
+
+import pytest
+from redis.exceptions import ConnectionError
+
+from app.problems import Problem
+from tests.chaos.service import Service, Worker
+from tests.chaos.tiny import picture_request
+from tests.chaos.worker import Mishap
+
+LONGER_THAN_A_LEASE_S = 20.0
+REQUESTS = [picture_request(seed=seed) for seed in range(3)]
+
+
+def in_the_middle(service: Service, point: str, call: int) -> tuple[Worker, list[str]]:
+    """A worker that stands still with three jobs, and an idle one."""
+    idle = service.worker()
+    idle.signal(signal.SIGSTOP)
+    jobs = [service.submit(request)[0] for request in REQUESTS]
+    busy = service.worker(Mishap(point, call, signal.SIGSTOP))
+    service.wait(lambda: busy.stopped, "the middle of the batch")
+    idle.signal(signal.SIGCONT)
+    return busy, jobs
+
+
+def attempts(service: Service, jobs: list[str]) -> list[int]:
+    """Of each job, when all have ended; no worker has died of it."""
+    service.settle()
+    assert all(worker.alive for worker in service.workers)
+    return [service.ended[job].attempts for job in jobs]
+
+
+@pytest.mark.parametrize(("point", "call"), [("step", 6), ("stored", 1), ("committing", 1)])
+def test_redis_killed_and_restarted_in_the_middle_of_a_batch(service: Service, point: str, call: int) -> None:
+    busy, jobs = in_the_middle(service, point, call)
+    service.server.kill()
+    busy.signal(signal.SIGCONT)
+    with pytest.raises(ConnectionError):
+        service.submit(REQUESTS[0])
+    time.sleep(2.0)
+    service.server.start()
+    service.submit(REQUESTS[0])
+    assert attempts(service, jobs) == [1, 1, 1]
+
+
+def test_redis_away_for_longer_than_a_lease(service: Service) -> None:
+    busy, jobs = in_the_middle(service, "step", 6)
+    service.server.kill()
+    busy.signal(signal.SIGCONT)
+    time.sleep(LONGER_THAN_A_LEASE_S)
+    service.server.start()
+    assert set(attempts(service, jobs)) <= {1, 2}  # 2 where a cleaner was quicker than the worker that came back
+
+
+def test_redis_out_of_memory_keeps_its_leases_and_takes_the_pictures_later(service: Service) -> None:
+    busy, jobs = in_the_middle(service, "step", 6)
+    service.redis.config_set("maxmemory", 1)
+    busy.signal(signal.SIGCONT)
+    with pytest.raises(Problem, match="out of memory"):
+        service.submit(REQUESTS[0])
+    time.sleep(LONGER_THAN_A_LEASE_S)
+    assert [service.record(job)["status"] for job in jobs] == ["running"] * 3
+    service.redis.config_set("maxmemory", 0)
+    assert attempts(service, jobs) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("seconds", [4.0, LONGER_THAN_A_LEASE_S])
+def test_redis_whose_disk_is_full(service: Service, seconds: float) -> None:
+    busy, jobs = in_the_middle(service, "step", 6)
+    service.server.fill_disk()
+    service.redis.set("chaos:last-drop", "x", ex=1)  # a write that Redis acknowledges before it finds that it cannot keep it
+    service.wait(lambda: service.redis.info("persistence")["aof_last_write_status"] == "err", "the failure to write")
+    busy.signal(signal.SIGCONT)
+    with pytest.raises(Problem, match="cannot write its disk"):
+        service.submit(REQUESTS[0])
+    time.sleep(seconds)
+    assert [service.record(job)["status"] for job in jobs] == ["running"] * 3
+    service.server.free_disk()
+    assert set(attempts(service, jobs)) <= {1, 2}  # 2 where a lease ran out and a cleaner was quicker

@@ -1,0 +1,52 @@
+"""A job under a lease: what the worker knows of it, and what it renews."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis import Redis
+from rq.executions import Execution, ExecutionRegistry
+from rq.job import Job
+from rq.utils import now, utcformat
+from rq.worker import BaseWorker
+
+from worker import protocol, scripts
+from worker.patience import impatient_client
+from worker.protocol import GenerationRequest, ModelRecord
+
+WORKER_TTL_S = 30  # that rq knows a worker after its last heartbeat
+
+
+@dataclass(eq=False)
+class Lease:
+    """A job this worker runs."""
+
+    job: Job
+    execution: Execution
+    request: GenerationRequest
+    ttl_s: int
+    images: list[dict[str, Any]] = field(default_factory=list)
+    step: int = -1
+
+    def __post_init__(self) -> None:
+        executions = ExecutionRegistry(job_id=self.job.id, connection=self.job.connection)
+        self.keys = (self.job.started_job_registry.key, self.execution.key, executions.key, self.job.key)
+
+
+class Promises:
+    """Renewed in one step, by a client of their own: the heart must not wait for what the loop waits for."""
+
+    def __init__(self, connection: Redis) -> None:
+        self._beat = impatient_client(connection).register_script(scripts.BEAT)
+
+    def renew(self, worker: BaseWorker, records: Sequence[ModelRecord], leases: Sequence[Lease]) -> bool:
+        """False if the server has forgotten the worker. Raises RedisError."""
+        keys = [worker.key, worker.executions_key, protocol.MODELS_KEY, *(protocol.model_key(record.id) for record in records)]
+        moment = now()
+        arguments: list[Any] = [WORKER_TTL_S, worker.get_state(), utcformat(moment), moment.timestamp(), len(records)]
+        for record in records:
+            arguments += [record.id, record.dump()]
+        for lease in leases:
+            keys += lease.keys
+            arguments += [lease.job.id, lease.execution.id]
+        return bool(self._beat(keys, arguments))

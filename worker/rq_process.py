@@ -1,0 +1,254 @@
+"""What rq sees of a worker: a process that is registered, beats, is told to stop or to rest, looks after its queues, and waits for work.
+
+rq's seams used here and in rq_worker.py are private and pinned; `tests/worker/test_rq_contract.py` holds them.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any, TypeVar
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, worker_registration
+from rq.command import handle_command, parse_payload
+from rq.exceptions import NoSuchJobError, StopRequested
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.timeouts import TimerDeathPenalty
+from rq.utils import now as rq_now
+from rq.worker import BaseWorker, WorkerStatus
+
+from worker import protocol
+from worker.engine import Engine
+from worker.heart import Heart, end_hung_process
+from worker.intake import Intake
+from worker.leases import WORKER_TTL_S, Lease, Promises
+from worker.maintenance import Maintenance
+from worker.patience import Patience, is_trouble
+from worker.results import JobResults
+
+log = logging.getLogger("dit.worker")
+
+MAINTENANCE_EVERY_S = 5
+LATER_S = 1.0  # after which what Redis did not do, and what can wait, is tried again
+FAREWELL_S = 5.0  # that Redis gets, after the drain, to take the jobs back
+
+T = TypeVar("T")
+
+
+class WorkerProcess(BaseWorker):
+    """Serves the queues of the engine's models; what it does with a job is `execute_job`."""
+
+    death_penalty_class = TimerDeathPenalty
+
+    def __init__(
+        self,
+        engine: Engine,
+        connection: Redis,
+        *,
+        drain_s: float,
+        hang_s: float | None,
+        on_hang: Callable[[], None] = end_hung_process,
+    ) -> None:
+        """`drain_s`: seconds that running jobs get after SIGTERM. `hang_s`: that a step may take; None: by how long steps take."""
+        self.engine, self.drain_s = engine, drain_s
+        self.records = engine.models.records()
+        self.leases: dict[str, Lease] = {}
+        self.patience = Patience()
+        connection.set_retry(self.patience)
+        super().__init__(
+            [self._queue(model, connection) for model in self._models()],
+            connection=connection,
+            serializer=JSONSerializer,
+            maintenance_interval=MAINTENANCE_EVERY_S,
+            worker_ttl=16,  # from which rq makes the socket's timeout: 5 s less
+            log_job_description=False,
+        )
+        self.results, self.intake = JobResults(connection), Intake(connection, self.name)
+        self._maintenance, self._promises = Maintenance(connection), Promises(connection)
+        self._new_heart = lambda: Heart(engine, self._renew, hang_s, on_hang)
+        self._registered: list[str] = []
+        self._stop_asked: SimpleQueue[str] = SimpleQueue()  # ids of the jobs that rq's commands shall end
+        self._drain_until = math.inf  # monotonic
+        self._redis_at = 0.0  # monotonic; in trouble, Redis is not asked before for what can wait
+        self._listening = False
+
+    @staticmethod
+    def _queue(model: str, connection: Redis) -> Queue:
+        return Queue(protocol.queue_name(model), connection=connection, serializer=JSONSerializer)
+
+    def _models(self) -> list[str]:
+        return [record.id for record in self.records]
+
+    # Birth, heartbeat, death.
+
+    def bootstrap(self, *arguments: Any, **options: Any) -> None:
+        super().bootstrap(*arguments, **options)
+        self._registered = self.queue_names()
+        self.heart = self._new_heart()
+        self.heart.beat()  # now, so that the models are known at once
+        self.heart.start()
+
+    def teardown(self) -> None:
+        self.heart.end()
+        try:
+            for model, queue in zip(self._models(), self.queues, strict=True):
+                if BaseWorker.count(queue=queue) <= 1:  # another worker of the model goes on renewing its record
+                    self.connection.delete(protocol.model_key(model))
+            super().teardown()
+        except RedisError as error:
+            log.warning("Redis was not told that this worker ends; what it holds of it expires: %s", error)
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
+        return protocol.LEASE_S
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """The heart beats for the worker; rq only adds to what it sends anyway."""
+        if pipeline is not None:
+            super().heartbeat(WORKER_TTL_S, pipeline=pipeline)
+
+    def _renew(self) -> None:
+        """In the heart's thread."""
+        if not self._promises.renew(self, self.records, list(self.leases.values())):
+            with self.patience.none():
+                self._register()  # the server was restarted without its data, or this process stood still for long
+
+    def _register(self) -> None:
+        """Tell rq of this worker and its queues. Twice changes nothing."""
+        names = self.queue_names()
+        with self.connection.pipeline() as pipeline:
+            for gone in set(self._registered) - set(names):
+                pipeline.srem(worker_registration.WORKERS_BY_QUEUE_KEY % gone, self.key)
+            worker_registration.register(self, pipeline)
+            pipeline.hset(self.key, mapping={**self.serialize(), "state": self.get_state()})
+            pipeline.expire(self.key, WORKER_TTL_S)
+            pipeline.execute()
+        self._registered = names
+
+    def _update_models(self) -> None:
+        """Models come and go; the heart tells what this worker serves now."""
+        before, self.records = self._models(), self.engine.models.records()
+        if before != self._models():
+            self.queues = [self._queue(model, self.connection) for model in self._models()]
+        if self._registered != self.queue_names():
+            self._if_it_answers(self._register)
+
+    # Signals and commands come at any moment: they leave a note for the loop.
+
+    def _shutdown(self) -> None:
+        """An exception, as rq raises it, could lose a job between queue and lease; so only where this worker waits for a bell."""
+        self._stop_requested = True
+        self._drain_until = time.monotonic() + self.drain_s
+        self.patience.until = self._drain_until + FAREWELL_S
+        if self._listening:
+            raise StopRequested
+
+    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
+        """A second signal, unless it is the first one's double: what runs is given back at the next step."""
+        if rq_now() - self._shutdown_requested_date >= timedelta(seconds=1):
+            self._drain_until = 0.0
+            self.patience.until = time.monotonic() + FAREWELL_S
+
+    def handle_payload(self, message: dict[str, Any]) -> None:
+        """rq's commands, in the thread that listens for them. rq itself would stop a job by killing a process of its own."""
+        try:
+            payload = parse_payload(message)
+            if payload["command"] in ("stop-job", "stop-execution"):
+                self._stop_asked.put(payload["job_id"])
+            else:
+                handle_command(self, payload)
+        except (ValueError, LookupError, TypeError) as error:
+            log.warning("not a command: %s", error)
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """rq would end the thread on a timeout, and commands would be heard no more."""
+        if not is_trouble(exc):
+            super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
+        time.sleep(LATER_S)
+
+    # What is due between two jobs, or two steps.
+
+    def check_for_suspension(self, burst: bool) -> None:
+        self._if_it_answers(lambda: BaseWorker.check_for_suspension(self, burst))
+
+    def run_maintenance_tasks(self) -> None:
+        self._if_it_answers(lambda: BaseWorker.run_maintenance_tasks(self))
+
+    def clean_registries(self) -> None:
+        for model, queue in zip(self._models(), self.queues, strict=True):
+            self._maintenance.clean(model, queue)
+        self.last_cleaned_at = rq_now()
+
+    def _if_it_answers(self, action: Callable[[], T]) -> T | None:
+        """What can wait does so while Redis is in trouble, and the steps go on: until a picture is done, they need nothing of it."""
+        if time.monotonic() < self._redis_at:
+            return None
+        try:
+            with self.patience.none():
+                result = action()
+            self._redis_at = 0.0
+            return result
+        except RedisError as error:
+            if not is_trouble(error):
+                raise
+            if not self._redis_at:
+                log.warning("Redis: %s; the steps go on without it for now", error)
+            self._redis_at = time.monotonic() + LATER_S
+            return None
+
+    # Waiting for work.
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> tuple[Job, Queue] | None:
+        """The next job, waited for; None if there is none (without a timeout), after `max_idle_time` seconds, or for a stop."""
+        idle_since = time.monotonic()
+        self._if_it_answers(lambda: self.set_state(WorkerStatus.IDLE))
+        self.procline("Listening on " + ",".join(self.queue_names()))
+        while not self._stop_requested:
+            if self.should_run_maintenance_tasks:
+                self.run_maintenance_tasks()
+            self.engine.models.poll(set())
+            self._update_models()
+            found = self._take(idle=True)
+            if found:
+                return found
+            if self.intake.suspended:
+                self.check_for_suspension(timeout is None)
+            elif timeout is None or (max_idle_time is not None and time.monotonic() - idle_since > max_idle_time):
+                return None
+            else:
+                self._listen()
+        return None
+
+    def _take(self, *, idle: bool) -> tuple[Job, Queue] | None:
+        while found := self._if_it_answers(lambda: self.intake.take(self._models(), self.engine.wants, idle=idle)):
+            model, job_id = found
+            queue = self._queue(model, self.connection)
+            try:
+                return Job.fetch(job_id, connection=self.connection, serializer=JSONSerializer), queue
+            except NoSuchJobError:
+                self._forget(job_id, queue)
+        return None
+
+    def _forget(self, job_id: str, queue: Queue) -> None:
+        """Somebody deleted the job in rq; ours ends too."""
+        self.connection.lrem(queue.intermediate_queue_key, 0, job_id)
+        self.results.start(job_id, self.name)
+        self.results.fail(job_id, self.name, "it was deleted from the queue")
+
+    def _listen(self) -> None:
+        """Wait for a bell; a signal may end this at any moment."""
+        self._listening = True
+        try:
+            if self._stop_requested:
+                return
+            if self.records and time.monotonic() >= self._redis_at:
+                self._if_it_answers(lambda: self.intake.listen(self._models()))
+            else:
+                time.sleep(LATER_S)
+        finally:
+            self._listening = False
