@@ -1,6 +1,6 @@
 """A trace of the engine (DIT_TRACE) as a picture: which picture stepped in which tick, and the rows of every forward.
 
-python benchmarks/timeline.py trace.jsonl docs/engine-timeline.svg [--ticks 120]
+python benchmarks/timeline.py trace.jsonl docs/engine-timeline.png [--ticks 120]
 """
 
 import argparse

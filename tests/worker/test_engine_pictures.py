@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,20 +64,23 @@ def test_steps_go_on_while_the_decoder_works_and_nothing_is_lost(
 def test_a_picture_that_is_lost_while_it_is_decoded_begins_again_and_arrives_once(
     runner: Runner, make_request: MakeRequest, decodings: list[Slow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = {"a": make_request(steps=2, class_labels=(0, 1))}
-    clean = pictures(runner, job)
-    engine = start(runner, job)
+    """Whatever the decoder made of it before."""
+    jobs = {"a": make_request(steps=2, class_labels=(0, 1)), "long": make_request(steps=9, seed=90)}
+    clean = pictures(runner, jobs)
+    engine = start(runner, jobs)
     engine.tick()
     engine.tick()
     (lane,) = engine.lanes.values()
-    picture = lane.decoding[0][0][0][0]
-    monkeypatch.setattr(runner, "lost", lambda: [] if picture.attempt else [(picture, 0)])
-    lane.scheduler.restart(picture)  # something to step, so that the engine asks
-    picture.attempt = 1
-    decodings[0].held = False
+    picture, _ = lane.decoding[0][0][0]
+    monkeypatch.setattr(runner, "lost", lambda: [(picture, 0)])  # at every tick, though it is so only once
+    engine.tick()
+    assert picture.attempt == 1 and picture.evaluation == 0
+    spoiled, whole = decodings[-1].result()
+    monkeypatch.setattr(decodings[-1], "result", lambda: [np.zeros_like(spoiled), whole])
+    decodings[-1].held = False
     events = drain(engine)
-    assert Counter(key for key in images(events)) == {("a", 0): 1, ("a", 1): 1}
-    assert images(events) == clean and ends(events) == {"a": "done"}
+    assert Counter((e.job_id, e.index) for _, e in events if isinstance(e, ImageReady)) == dict.fromkeys(clean, 1)
+    assert images(events) == clean and ends(events) == {"a": "done", "long": "done"}
 
 
 @pytest.mark.parametrize("times", [1, 2])
