@@ -4,28 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis import Redis
-from rq.job import Job
 from rq.queue import Queue
-from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
 
 from worker import protocol, scripts
 
 LISTEN_S = 1  # for a ring; then the queues are looked at anyway, for jobs that came without one
-
-
-class Popped(Job):
-    """An rq job as it was popped, with the RECORD_FIELDS of ours."""
-
-    record: list[bytes | None]
-
-    @classmethod
-    def of(cls, job_id: str, entry: list[bytes], record: list[bytes | None], connection: Redis) -> "Popped":
-        """`entry` is rq's hash, names and values in turn."""
-        job = cls(job_id, connection=connection, serializer=JSONSerializer)
-        job.restore(dict(zip(entry[::2], entry[1::2], strict=True)))
-        job.record = record
-        return job
 
 
 class Intake:
@@ -38,11 +22,8 @@ class Intake:
         self._next: str | None = None  # the model whose turn it is
         self.suspended = False  # whether `rq suspend` held, when it last looked
 
-    def take(self, models: Sequence[str], wants: Callable[[str], bool], *, idle: bool) -> Popped | None:
-        """A job that now is in the intermediate list of its queue; None if there is none for this worker.
-
-        Raises NoSuchJobError, with the job's id as its second argument and the model as its third, for one that rq has forgotten.
-        """
+    def take(self, models: Sequence[str], wants: Callable[[str], bool], *, idle: bool) -> tuple[str, str] | None:
+        """(model, job id) of a job that now is in the intermediate list of its queue; None if there is none for this worker."""
         order = [model for model in self._in_turn(models) if wants(model)]
         self.suspended = False
         if not order:
@@ -59,10 +40,7 @@ class Intake:
         if verdict != b"job":
             return None
         self._next = order[(answer[1] + 1) % len(order)]
-        _, number, job_id, entry, record = answer
-        if not entry:
-            ...
-        return Popped.of(job_id.decode(), entry, record, self._connection)
+        return order[answer[1]], answer[2].decode()
 
     def _in_turn(self, models: Sequence[str]) -> list[str]:
         first = models.index(self._next) if self._next in models else 0

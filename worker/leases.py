@@ -12,8 +12,7 @@ from rq.worker import BaseWorker
 
 from worker import protocol, scripts
 from worker.patience import impatient_client
-from worker.protocol import ModelRecord
-from worker.results import Order
+from worker.protocol import GenerationRequest, ModelRecord
 
 WORKER_TTL_S = 30  # that rq knows a worker after its last heartbeat
 
@@ -24,7 +23,8 @@ class Lease:
 
     job: Job
     execution: Execution
-    order: Order
+    request: GenerationRequest
+    ttl_s: int
     images: list[dict[str, Any]] = field(default_factory=list)
     step: int = -1
 

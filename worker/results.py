@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
@@ -13,25 +12,6 @@ from worker.protocol import CANCELED, FAILED, SUCCEEDED, GenerationRequest
 
 _ANSWERS = ("lost", "run", "cancel")  # of scripts.PROGRESS
 News = tuple[str, str, str, dict[str, Any], int | None]  # job id, execution, event ('' just asks), its data, step
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a job asks for."""
-
-    request: GenerationRequest
-    checkpoint: str  # that it is pinned to
-    result_ttl_s: int
-
-    @classmethod
-    def parse(cls, record: Sequence[bytes | None]) -> "Order":
-        """Of the RECORD_FIELDS of its record; ValueError if they are not of our kind, or those of another version."""
-        version, text, pinned, ttl_s = record
-        if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
-            raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
-        if text is None or pinned is None or ttl_s is None:
-            raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
-        return cls(GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s))
 
 
 class JobResults:
@@ -44,16 +24,24 @@ class JobResults:
     def _keys(self, job_id: str) -> list[str]:
         return [protocol.job_key(job_id), protocol.events_key(job_id)]
 
-    def start(self, job_id: str, execution: str, steps: int | None = None, pipeline: Any = None) -> str:
+    def start(self, job_id: str, execution: str, pipeline: Any = None) -> str:
         """'run' or 'alone', or why not: 'drop' (it has ended), 'cancel', 'exhausted' (tried too often), 'elsewhere' (it runs).
 
-        With `steps`, its first progress is told. It comes after what waits in the pipeline, as all that take one here.
+        It comes after what waits in the pipeline, as all that take one here.
         """
         pipeline = pipeline if pipeline is not None else self.connection.pipeline()
-        progress = "" if steps is None else json.dumps({"step": 0, "steps": steps})
         # The whole text, since redis-py asks for each script of a pipeline first whether the server knows it.
-        pipeline.eval(scripts.START, 2, *self._keys(job_id), job_id, execution, time.time(), progress)
+        pipeline.eval(scripts.START, 1, protocol.job_key(job_id), job_id, execution, time.time())
         return str(pipeline.execute()[-1].decode())
+
+    def request(self, job_id: str) -> tuple[GenerationRequest, str, int]:
+        """The job's request, the checkpoint it is pinned to, and the seconds its results live; ValueError if that is not of our kind."""
+        version, text, pinned, ttl_s = self.connection.hmget(protocol.job_key(job_id), "version", "request", "checkpoint", "result_ttl_s")
+        if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
+            raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
+        if text is None or pinned is None or ttl_s is None:
+            raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
+        return GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s)
 
     def tell(self, job_id: str, execution: str, event: str = "", data: dict[str, Any] | None = None, step: int | None = None) -> str:
         """Publish an event (or none: just ask); answers 'run', 'cancel' or 'lost'."""

@@ -12,9 +12,6 @@ from worker.protocol import ALONE_FROM, BELL_RINGS, BELL_TTL_S, CLAIM_S, LEASE_S
 
 _ALSO_WHEN_FULL = "#!lua flags=allow-oom\n"
 
-RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s")  # what a worker needs to know of a job
-_RECORD_FIELDS = ", ".join(f"'{name}'" for name in RECORD_FIELDS)
-
 _RING = f"""
 local function ring(bell)
   if redis.call('LLEN', bell) < {BELL_RINGS} then redis.call('LPUSH', bell, '1') end
@@ -48,7 +45,7 @@ end
 # KEYS rq's mark of suspension; then for each model its queue, the queue's intermediate list, its bell. ARGV 'idle' or 'busy', worker.
 # Pops the next job of the first model that has one into the intermediate list. A job at its ALONE_FROM-th attempt, or a later one, goes to
 # an idle worker; one busy worker claims it and takes nothing until its own jobs have ended; the other busy ones look behind it.
-# → {}, {'suspended'}, {'wait', model's number}, {'job', model's number, job id, rq's hash of it, our RECORD_FIELDS of it}.
+# → {}, {'suspended'}, {'wait', model's number}, {'job', model's number, job id}.
 # An idle worker answers for every ring so far: it takes them away and looks at the queues in the same step, so a job queued later rings
 # again. Who leaves jobs waiting rings for another worker. Twice: the first job stays in the intermediate list, from where UNSTICK takes it.
 TAKE = (
@@ -70,7 +67,7 @@ for k = 2, #KEYS, 3 do
       redis.call('RPUSH', intermediate, id)
       if alone then redis.call('DEL', claim) end
       if redis.call('EXISTS', queue) == 1 and redis.call('EXISTS', bell) == 0 then ring(bell) end
-      return {{'job', number, id, redis.call('HGETALL', 'rq:job:' .. id), redis.call('HMGET', 'dit:job:' .. id, {_RECORD_FIELDS})}}
+      return {{'job', number, id}}
     end
     if (redis.call('GET', claim) or ARGV[2]) == ARGV[2] then
       redis.call('SET', claim, ARGV[2], 'EX', {CLAIM_S})
@@ -82,7 +79,7 @@ return {{}}
 """
 )
 
-# KEYS job, events. ARGV job id, execution, now, data of the first progress event ('': none).
+# KEYS job. ARGV job id, execution, now.
 # → "run"; "alone", from the ALONE_FROM-th attempt; "drop" if it has ended (canceled while queued, or by another execution); "cancel" if
 # that was asked while no worker had it; "exhausted" if it was tried too often; "elsewhere" if it runs under another lease that is alive.
 # Twice: the execution that has it is told the same and not counted again.
@@ -101,7 +98,6 @@ if status ~= 'running' or owner ~= ARGV[2] then attempts = redis.call('HINCRBY',
 if tonumber(attempts) > {MAX_ATTEMPTS} then return 'exhausted' end
 redis.call('HSET', KEYS[1], 'status', 'running', 'step', '0')
 redis.call('HSETNX', KEYS[1], 'started_at', ARGV[3])
-if ARGV[4] ~= '' then redis.call('XADD', KEYS[2], '*', 'event', 'progress', 'data', ARGV[4]) end
 return tonumber(attempts) >= {ALONE_FROM} and 'alone' or 'run'
 """
 
