@@ -228,7 +228,7 @@ BEAT = (
     _ALSO_WHEN_FULL
     + f"""
 local now, models = tonumber(redis.call('TIME')[1]), tonumber(ARGV[5])
-local known = redis.call('EXISTS', KEYS[1])
+local known = redis.call('HEXISTS', KEYS[1], 'pid') -- a state alone, set late, would make a key of a worker that is forgotten
 if known == 1 then
   redis.call('HSET', KEYS[1], 'state', ARGV[2], 'last_heartbeat', ARGV[3])
   redis.call('EXPIRE', KEYS[1], ARGV[1])

@@ -20,7 +20,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch._inductor import config as inductor_config
 
 from tests.worker.engines import Jobs, drain, ends, images, pictures, start
 from tests.worker.plays import LABELS, SAMPLERS, alone
@@ -70,13 +69,6 @@ def modes(device: torch.device) -> dict[str, Mode]:
 
 _FOLDERS: dict[tuple[str, int], Path] = {}  # made once a session, as the runners, which take half a minute to compile
 _RUNNERS: dict[tuple[Mode, str], Runner] = {}
-
-
-@pytest.fixture(autouse=True)
-def no_pool_of_compilers() -> Iterator[None]:
-    """Else torch starts processes that each load torch."""
-    with inductor_config.patch(compile_threads=1):
-        yield
 
 
 @pytest.fixture
