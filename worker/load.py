@@ -85,7 +85,8 @@ class Loader:
                 log.warning("out of memory with %d rows to a forward and %d images to a decode; trying half", max_rows, max_decode)
                 max_rows, max_decode = max(SMALLEST_FORWARD, max_rows // 2), max(SMALLEST_DECODE, max_decode // 2)
             except BackendCompilerFailed as error:
-                log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", str(error).strip().splitlines()[-1])
+                reason = str(error.inner_exception).strip().partition("\n")[0]
+                log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", reason)
                 compile = False
             if self._threads is None:
                 torch._dynamo.reset()

@@ -64,7 +64,7 @@ class Runner:
         """
         if checkpoint.vae is None:
             raise ValueError("this checkpoint has no VAE, so it cannot be served")
-        self.checkpoint, self.max_rows, self.reproducible = checkpoint, max_rows, reproducible
+        self.checkpoint, self.max_rows, self.compiled, self.reproducible = checkpoint, max_rows, compile, reproducible
         self.config, self.device = checkpoint.config.architecture, checkpoint.device
         c = self.config
         self.shape = (c.in_channels, c.input_size, c.input_size)
@@ -240,9 +240,10 @@ class Runner:
         self._flights.append(self._flight(pictures, finite))
 
     def _ahead(self, pictures: Sequence[Picture]) -> Iterator[Pair]:
-        """The (time, class) pairs of the pictures' next evaluations, soonest first."""
+        """The (time, class) pairs of the pictures' next evaluations, soonest first; alike pictures of a job are asked once."""
         null = self.config.null_class
-        going = [(p, p.evaluation) for p in pictures]
+        alike = {(p.job.id, p.class_label, p.evaluation): p for p in pictures}
+        going = [(p, p.evaluation) for p in alike.values()]
         while going := [(p, i + 1) for p, i in going if i + 1 < p.job.evaluations]:
             for p, i in going:
                 yield p.job.plan.t[i], null if p.class_label is None else p.class_label
@@ -292,6 +293,7 @@ class Runner:
             return False
         self.max_rows = max(SMALLEST_FORWARD, self.max_rows // 2)
         self.buckets = [b for b in self.buckets if b <= self.bucket(self.max_rows)]
+        self._captured = {key: graph for key, graph in self._captured.items() if key[1] in self.buckets}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return True

@@ -77,17 +77,17 @@ def test_settings_whose_intervals_hold_the_same_evaluations_are_one(build_checkp
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, on the way to its compiler
 def test_a_compiled_network_has_one_graph_for_all_settings_and_a_block_cache_two(
-    build_checkpoint: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
+    build_checkpoint: Callable[..., Checkpoint],
 ) -> None:
-    monkeypatch.setattr(inductor_config, "compile_threads", 1)  # else it starts a pool of processes that each load torch
-    drawer = Drawer(build_checkpoint(), 4, compile=True)
-    if not drawer.compiled and not os.environ.get("CI"):
-        pytest.skip("there is no C++ compiler here")
-    list(drawer.pictures(Setting(2, "euler", 1.0, block_cache=2), 4))  # both: with all blocks, and without
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for setting in FLOW:
-        for _, _, images in drawer.pictures(setting, 6):
-            assert images.shape[1:] == (16, 16, 1)
+    with inductor_config.patch(compile_threads=1):  # else it starts a pool of processes that each load torch
+        drawer = Drawer(build_checkpoint(), 4, compile=True)
+        if not drawer.compiled and not os.environ.get("CI"):
+            pytest.skip("there is no C++ compiler here")
+        list(drawer.pictures(Setting(2, "euler", 1.0, block_cache=2), 4))  # both: with all blocks, and without
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for setting in FLOW:
+            for _, _, images in drawer.pictures(setting, 6):
+                assert images.shape[1:] == (16, 16, 1)
     torch._dynamo.reset()
 
 
@@ -99,9 +99,9 @@ def test_without_a_compiler_the_network_runs_all_the_same(
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     torch._dynamo.reset()
-    monkeypatch.setattr(inductor_config.cpp, "cxx", (str(broken),))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    drawer = Drawer(build_checkpoint(), 4, compile=True)
+    with inductor_config.patch({"cpp.cxx": (str(broken),)}):  # undone whole, which setattr on a part of that module is not
+        drawer = Drawer(build_checkpoint(), 4, compile=True)
     assert not drawer.compiled
     assert next(drawer.pictures(FLOW[0], 2))[2].shape == (2, 16, 16, 1)
 

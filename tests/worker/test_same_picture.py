@@ -89,7 +89,8 @@ def runner_of(folder_of: Callable[..., Path]) -> Callable[[Mode, str], Runner]:
 
     def make(mode: Mode, objective: str) -> Runner:
         if (mode, objective) not in _RUNNERS:
-            _RUNNERS[mode, objective] = mode.loader()(folder_of(objective, 4 if mode.block_cache else 2))
+            runner = _RUNNERS[mode, objective] = mode.loader()(folder_of(objective, 4 if mode.block_cache else 2))
+            assert runner.compiled == mode.compile, "the compiler failed; the log says how"
         return _RUNNERS[mode, objective]
 
     return make
@@ -284,13 +285,24 @@ torch.set_num_threads(2)
 from torch._inductor import config
 config.compile_threads = 1
 from tests.worker.engines import pictures
-from tests.worker.test_same_picture import CPU, modes
+from tests.worker.test_same_picture import CPU, mode_found, modes
 from worker.protocol import GenerationRequest
 folder, name, *requests = sys.argv[1:]
 runner = modes(CPU)[name].loader()(Path(folder))
 found = pictures(runner, {str(i): GenerationRequest.parse(text) for i, text in enumerate(requests)})
-print(json.dumps({f"{job} {index}": hashlib.sha256(png).hexdigest() for (job, index), png in found.items()}))
+hashes = {f"{job} {index}": hashlib.sha256(png).hexdigest() for (job, index), png in found.items()}
+print(json.dumps([mode_found(runner), hashes]))
 """
+
+
+def mode_found(runner: Runner) -> dict[str, Any]:
+    """What a process settled on that decides the bits of a row."""
+    return {
+        "compiled": runner.compiled,
+        "threads": torch.get_num_threads(),
+        "buckets": runner.buckets,
+        "decode": runner.decode_buckets,
+    }
 
 
 @pytest.mark.parametrize("name", ["as served", "float32"])
@@ -312,4 +324,6 @@ def test_a_retry_on_another_process_gives_the_same_bytes(
     command = [sys.executable, "-c", AGAIN, str(folder_of("diffusion")), name, *(request.dump() for request in jobs)]
     there = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert there.returncode == 0, there.stderr
-    assert json.loads(there.stdout.splitlines()[-1]) == here and len(here) == 4
+    settled, hashes = json.loads(there.stdout.splitlines()[-1])
+    assert settled == mode_found(runner), there.stderr
+    assert hashes == here and len(here) == 4, there.stderr
