@@ -12,7 +12,8 @@ from rq.worker import BaseWorker
 
 from worker import protocol, scripts
 from worker.patience import impatient_client
-from worker.protocol import GenerationRequest, ModelRecord
+from worker.protocol import ModelRecord
+from worker.results import Order
 
 WORKER_TTL_S = 30  # that rq knows a worker after its last heartbeat
 
@@ -23,10 +24,9 @@ class Lease:
 
     job: Job
     execution: Execution
-    request: GenerationRequest
-    ttl_s: int
+    order: Order
     images: list[dict[str, Any]] = field(default_factory=list)
-    step: int = -1
+    step: int = 0  # that was told last
 
     def __post_init__(self) -> None:
         executions = ExecutionRegistry(job_id=self.job.id, connection=self.job.connection)

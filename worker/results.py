@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from redis import Redis
 
@@ -12,6 +13,30 @@ from worker.protocol import CANCELED, FAILED, SUCCEEDED, GenerationRequest
 
 _ANSWERS = ("lost", "run", "cancel")  # of scripts.PROGRESS
 News = tuple[str, str, str, dict[str, Any], int | None]  # job id, execution, event ('' just asks), its data, step
+End = tuple[str, str, list[dict[str, Any]]]  # job id, execution, pictures
+
+
+_RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s")
+Record = Sequence[bytes | None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a job's record asks of a worker."""
+
+    request: GenerationRequest
+    checkpoint: str  # that it is pinned to
+    result_ttl_s: int
+
+    @classmethod
+    def parse(cls, record: Record) -> Self:
+        """ValueError if that is not of our kind."""
+        version, text, pinned, ttl_s = record
+        if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
+            raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
+        if text is None or pinned is None or ttl_s is None:
+            raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
+        return cls(GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s))
 
 
 class JobResults:
@@ -19,42 +44,37 @@ class JobResults:
 
     def __init__(self, connection: Redis) -> None:
         self.connection: Any = connection  # its answers are bytes here, which its types do not say
-        self._finish, self._give_back = connection.register_script(scripts.FINISH), connection.register_script(scripts.GIVE_BACK)
+        self._give_back = connection.register_script(scripts.GIVE_BACK)
 
     def _keys(self, job_id: str) -> list[str]:
         return [protocol.job_key(job_id), protocol.events_key(job_id)]
 
-    def start(self, job_id: str, execution: str, pipeline: Any = None) -> str:
-        """'run' or 'alone', or why not: 'drop' (it has ended), 'cancel', 'exhausted' (tried too often), 'elsewhere' (it runs).
+    def start(self, job_id: str, execution: str) -> str:
+        """'run' or 'alone', or why not: 'drop' (it has ended), 'cancel', 'exhausted' (tried too often), 'elsewhere' (it runs)."""
+        return self.start_in(self.connection.pipeline(), job_id, execution)[0]
 
-        It comes after what waits in the pipeline, as all that take one here.
-        """
-        pipeline = pipeline if pipeline is not None else self.connection.pipeline()
+    def start_in(self, pipeline: Any, job_id: str, execution: str) -> tuple[str, Record]:
+        """The same after what waits in the pipeline, and what `Order.parse` reads of the job."""
+        pipeline.hmget(protocol.job_key(job_id), *_RECORD_FIELDS)
         # The whole text, since redis-py asks for each script of a pipeline first whether the server knows it.
-        pipeline.eval(scripts.START, 1, protocol.job_key(job_id), job_id, execution, time.time())
-        return str(pipeline.execute()[-1].decode())
-
-    def request(self, job_id: str) -> tuple[GenerationRequest, str, int]:
-        """The job's request, the checkpoint it is pinned to, and the seconds its results live; ValueError if that is not of our kind."""
-        version, text, pinned, ttl_s = self.connection.hmget(protocol.job_key(job_id), "version", "request", "checkpoint", "result_ttl_s")
-        if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
-            raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
-        if text is None or pinned is None or ttl_s is None:
-            raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
-        return GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s)
+        pipeline.eval(scripts.START, 2, *self._keys(job_id), job_id, execution, time.time(), protocol.EVENTS_KEPT)
+        *_, record, verdict = pipeline.execute()
+        return verdict.decode(), record
 
     def tell(self, job_id: str, execution: str, event: str = "", data: dict[str, Any] | None = None, step: int | None = None) -> str:
         """Publish an event (or none: just ask); answers 'run', 'cancel' or 'lost'."""
-        return self.tell_all([(job_id, execution, event, data or {}, step)])[0]
+        return self.tell_all([(job_id, execution, event, data or {}, step)])[0][0]
 
-    def tell_all(self, news: Sequence[News], pipeline: Any = None) -> list[str]:
-        """The same for many jobs in one round trip."""
+    def tell_all(self, news: Sequence[News], pipeline: Any = None, ends: Sequence[End] = ()) -> tuple[list[str], list[bool]]:
+        """The same for many jobs in one round trip, after what waits in the pipeline, and then successes, each as `succeed` answers."""
         pipeline = pipeline if pipeline is not None else self.connection.pipeline(transaction=False)
         for job_id, execution, event, data, step in news:
             arguments = (execution, "" if step is None else step, event, json.dumps(data), protocol.EVENTS_KEPT)
             pipeline.eval(scripts.PROGRESS, 2, *self._keys(job_id), *arguments)
-        answers = pipeline.execute()[-len(news) :]
-        return [_ANSWERS[int(answer)] for answer in answers]
+        for job_id, execution, images in ends:
+            self._end(pipeline, job_id, execution, SUCCEEDED, images)
+        answers = [int(answer) for answer in pipeline.execute()[-len(news) - len(ends) :]]
+        return [_ANSWERS[answer] for answer in answers[: len(news)]], [bool(answer) for answer in answers[len(news) :]]
 
     def store_image(self, job_id: str, execution: str, index: int, png: bytes, ttl_s: int, pipeline: Any = None) -> None:
         """Twice: the same bytes. Those of an execution that has lost the job are read by nobody and live for the TTL."""
@@ -62,20 +82,22 @@ class JobResults:
         client.set(protocol.image_key(job_id, execution, index), png, ex=ttl_s)
 
     def succeed(self, job_id: str, execution: str, images: list[dict[str, Any]]) -> bool:
-        return self._end(job_id, execution, SUCCEEDED, images)
+        return self._end(self.connection, job_id, execution, SUCCEEDED, images) == 1
 
     def fail(self, job_id: str, execution: str, message: str, *, dead: bool = False) -> bool:
         """`dead`: every attempt ended with its worker, so the job goes on the list of such."""
-        return self._end(job_id, execution, FAILED, [], message, dead)
+        return self._end(self.connection, job_id, execution, FAILED, [], message, dead) == 1
 
     def cancel(self, job_id: str, execution: str) -> bool:
-        return self._end(job_id, execution, CANCELED, [])
+        return self._end(self.connection, job_id, execution, CANCELED, []) == 1
 
-    def _end(self, job_id: str, execution: str, status: str, images: list[dict[str, Any]], error: str = "", dead: bool = False) -> bool:
-        """False: another execution owns the job."""
+    def _end(
+        self, client: Any, job_id: str, execution: str, status: str, images: list[dict[str, Any]], error: str = "", dead: bool = False
+    ) -> Any:
+        """0: another execution owns the job."""
         done = json.dumps({"status": status, **({"error": error} if error else {})})
         arguments: list[Any] = [job_id, execution, status, time.time(), json.dumps(images), error, done, "dead" if dead else ""]
-        return bool(self._finish(self._keys(job_id), arguments))
+        return client.eval(scripts.FINISH, 2, *self._keys(job_id), *arguments)
 
     def give_back(self, job_id: str, execution: str) -> bool:
         """The job waits again, at the front of its queue. False: another execution owns it."""

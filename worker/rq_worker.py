@@ -15,10 +15,10 @@ from rq.utils import now as rq_now
 from rq.worker import WorkerStatus
 
 from worker import protocol
-from worker.engine import Event, ImageReady, JobFailed
+from worker.engine import Event, ImageReady, JobDone, JobFailed
 from worker.heart import RENEW_EVERY_S
 from worker.leases import Lease
-from worker.results import News
+from worker.results import News, Order, Record
 from worker.rq_process import WorkerProcess
 
 log = logging.getLogger("dit.worker")
@@ -32,7 +32,8 @@ class DiTWorker(WorkerProcess):
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run this job and all that join it, until the engine is empty, or the time after a stop is over."""
-        self._look_at = self._tell_at = self._models_at = 0.0  # monotonic; when each is due
+        self._look_at = self._models_at = 0.0  # monotonic; when each is due
+        self._tell_at = time.monotonic() + TELL_EVERY_S
         try:
             self._lease(job)
             while self.leases and time.monotonic() < self._drain_until:
@@ -69,7 +70,7 @@ class DiTWorker(WorkerProcess):
 
     def _lease(self, job: Job) -> None:
         """Take a popped job under a lease and hand it to the engine, or end it here if it shall not or cannot run."""
-        execution, verdict = self._start(job)
+        execution, verdict, record = self._start(job)
         if verdict == "elsewhere":  # it was in the queue twice
             self._leave(job, execution)
             return
@@ -86,13 +87,13 @@ class DiTWorker(WorkerProcess):
         elif verdict == "alone" and self.leases:
             self._return(job, execution)
         elif verdict in ("run", "alone"):
-            self._admit(job, execution, alone=verdict == "alone")
+            self._admit(job, execution, record, alone=verdict == "alone")
         else:
             if verdict == "cancel":
                 self.results.cancel(job.id, execution.id)
             self._finish(job, execution)
 
-    def _start(self, job: Job) -> tuple[Execution, str]:
+    def _start(self, job: Job) -> tuple[Execution, str, Record]:
         """The lease, rq's books of a start and ours in one transaction: what rq's prepare_execution and prepare_job_execution do in two."""
         with self.connection.pipeline() as pipeline:
             execution = Execution.create(job, protocol.LEASE_S, pipeline, self.name)
@@ -100,19 +101,18 @@ class DiTWorker(WorkerProcess):
             job.prepare_for_execution(self.name, pipeline)
             pipeline.persist(job.key)
             pipeline.lrem(self._queue_of(job).intermediate_queue_key, 1, job.id)
-            verdict = self.results.start(job.id, execution.id, pipeline)
+            verdict, record = self.results.start_in(pipeline, job.id, execution.id)
         self.executions[execution.id] = execution
-        return execution, verdict
+        return execution, verdict, record
 
-    def _admit(self, job: Job, execution: Execution, *, alone: bool) -> None:
+    def _admit(self, job: Job, execution: Execution, record: Record, *, alone: bool) -> None:
         try:
-            request, checkpoint, ttl_s = self.results.request(job.id)
-            self.engine.add(job.id, request, checkpoint, alone=alone)
+            order = Order.parse(record)
+            self.engine.add(job.id, order.request, order.checkpoint, alone=alone)
         except ValueError as error:
             self._refuse(job, execution, str(error))
-            return
-        self.leases[job.id] = Lease(job, execution, request, ttl_s)
-        self.results.tell(job.id, execution.id, "progress", {"step": 0, "steps": request.steps}, step=0)
+        else:
+            self.leases[job.id] = Lease(job, execution, order)
 
     def _refuse(self, job: Job, execution: Execution, message: str, *, dead: bool = False) -> None:
         self.results.fail(job.id, execution.id, message, dead=dead)
@@ -121,43 +121,45 @@ class DiTWorker(WorkerProcess):
     # What came of a tick.
 
     def _handle(self, events: Sequence[Event]) -> None:
-        ready = [event for event in events if isinstance(event, ImageReady) and event.job_id in self.leases]
-        if ready:
-            self._store(ready)
+        events = [event for event in events if event.job_id in self.leases]  # else another's by now
+        ready, done = [e for e in events if isinstance(e, ImageReady)], [e for e in events if isinstance(e, JobDone)]
+        if ready or done:
+            self._store(ready, [self.leases[event.job_id] for event in done])
         for event in events:
             lease = self.leases.get(event.job_id)
-            if lease is None or isinstance(event, ImageReady):
-                continue  # another's by now, or told above
-            job_id, execution = lease.job.id, lease.execution.id
-            if isinstance(event, JobFailed):
-                if self._close(lease, self.results.fail(job_id, execution, event.message)):
-                    self._finish_failed(lease.job, lease.execution, event.message)
-            else:
-                images = sorted(lease.images, key=lambda image: image["index"])
-                if self._close(lease, self.results.succeed(job_id, execution, images)):
-                    self._finish(lease.job, lease.execution)
+            if (
+                lease
+                and isinstance(event, JobFailed)
+                and self._close(lease, self.results.fail(lease.job.id, lease.execution.id, event.message))
+            ):
+                self._finish_failed(lease.job, lease.execution, event.message)
 
-    def _store(self, ready: Sequence[ImageReady]) -> None:
-        """The pictures of one tick and their events, in one round trip; they are kept here until Redis has taken them."""
+    def _store(self, ready: Sequence[ImageReady], done: Sequence[Lease]) -> None:
+        """The pictures of one tick, their events and the ends of jobs in one round trip; they are kept here until Redis has taken them."""
         pipeline, news = self.connection.pipeline(), list[News]()
         for image in ready:
             lease = self.leases[image.job_id]
             entry = {"index": image.index, "seed": image.seed, "sha256": image.sha256, "bytes": len(image.png)}
             lease.images.append(entry)
-            self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, lease.ttl_s, pipeline)
+            self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, lease.order.result_ttl_s, pipeline)
             data = {**entry, "url": f"/jobs/{image.job_id}/images/{image.index}"}
             news.append((image.job_id, lease.execution.id, "image", data, None))
-        self._obey(news, self.results.tell_all(news, pipeline))
+        ends = [(lease.job.id, lease.execution.id, sorted(lease.images, key=lambda image: int(image["index"]))) for lease in done]
+        answers, ended = self.results.tell_all(news, pipeline, ends)
+        self._obey(news, answers)
+        for lease, told in zip(done, ended, strict=True):
+            if lease.job.id in self.leases and self._close(lease, told):
+                self._finish(lease.job, lease.execution)
 
     def _tell_progress(self) -> None:
         news: list[News] = []
         for lease in self.leases.values():
-            step = int(self.engine.progress(lease.job.id) * lease.request.steps)
+            step = int(self.engine.progress(lease.job.id) * lease.order.request.steps)
             event = "progress" if step != lease.step else ""
-            news.append((lease.job.id, lease.execution.id, event, {"step": step, "steps": lease.request.steps}, step))
+            news.append((lease.job.id, lease.execution.id, event, {"step": step, "steps": lease.order.request.steps}, step))
             lease.step = step
         if news:
-            self._obey(news, self._if_it_answers(lambda: self.results.tell_all(news)) or [])
+            self._obey(news, self._if_it_answers(lambda: self.results.tell_all(news)[0]) or [])
 
     def _obey(self, news: Sequence[News], answers: Sequence[str]) -> None:
         """End what was canceled, or is another's by now."""

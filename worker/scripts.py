@@ -79,12 +79,12 @@ return {{}}
 """
 )
 
-# KEYS job. ARGV job id, execution, now.
+# KEYS job, events. ARGV job id, execution, now, events kept. A start is told as progress: 0 of the request's steps.
 # → "run"; "alone", from the ALONE_FROM-th attempt; "drop" if it has ended (canceled while queued, or by another execution); "cancel" if
 # that was asked while no worker had it; "exhausted" if it was tried too often; "elsewhere" if it runs under another lease that is alive.
 # Twice: the execution that has it is told the same and not counted again.
 START = f"""
-local status, owner, model, attempts = unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'model', 'attempts'))
+local status, owner, model, attempts, request = unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'model', 'attempts', 'request'))
 if not status or status == 'succeeded' or status == 'failed' or status == 'canceled' then return 'drop' end
 local wip, now = 'rq:wip:dit-' .. (model or ''), tonumber(redis.call('TIME')[1])
 if owner and owner ~= '' and owner ~= ARGV[2] then
@@ -94,10 +94,16 @@ end
 redis.call('HSET', KEYS[1], 'execution', ARGV[2])
 redis.call('ZADD', wip, 'XX', now + {LEASE_S}, ARGV[1] .. ':' .. ARGV[2])
 if status == 'canceling' then return 'cancel' end
-if status ~= 'running' or owner ~= ARGV[2] then attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1) end
+local first = status ~= 'running' or owner ~= ARGV[2]
+if first then attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1) end
 if tonumber(attempts) > {MAX_ATTEMPTS} then return 'exhausted' end
 redis.call('HSET', KEYS[1], 'status', 'running', 'step', '0')
 redis.call('HSETNX', KEYS[1], 'started_at', ARGV[3])
+local read, asked = pcall(cjson.decode, request)
+if first and read and type(asked) == 'table' and type(asked.steps) == 'number' then
+  local data = string.format('{{"step": 0, "steps": %d}}', asked.steps)
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'event', 'progress', 'data', data)
+end
 return tonumber(attempts) >= {ALONE_FROM} and 'alone' or 'run'
 """
 

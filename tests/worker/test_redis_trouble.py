@@ -49,9 +49,9 @@ def while_pictures_wait(worker: DiTWorker, mend: Callable[[], object]) -> None:
     """Mend it, in a thread, some time after there is a first picture to store."""
     ready, store = threading.Event(), worker._store
 
-    def watched(images: Any) -> None:
+    def watched(*arguments: Any) -> None:
         ready.set()
-        store(images)
+        store(*arguments)
 
     def wait() -> None:
         if ready.wait(60):

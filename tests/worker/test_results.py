@@ -10,9 +10,10 @@ from redis import Redis
 
 from worker import protocol
 from worker.protocol import GenerationRequest
-from worker.results import JobResults
+from worker.results import JobResults, Order
 
 ENTRY = {"index": 0, "seed": 7, "sha256": "00", "bytes": 3}
+BEGUN = [("queued", {}), ("progress", {"step": 0, "steps": 3})]
 
 
 @pytest.fixture
@@ -37,12 +38,31 @@ def state(jobs: Any, job: str) -> tuple[dict[str, str], list[Any]]:
     return jobs.record(job), jobs.events(job)
 
 
+def order(results: JobResults, job: str) -> Order:
+    """As a worker that takes the job reads it."""
+    return Order.parse(results.start_in(results.connection.pipeline(), job, "reader")[1])
+
+
 def test_a_start_takes_the_job_and_counts(jobs: Any, results: JobResults, job: str) -> None:
     before = time.time()
     assert results.start(job, "mine") == "run"
     record = jobs.record(job)
     assert (record["status"], record["execution"], record["attempts"], record["step"]) == ("running", "mine", "1", "0")
     assert before - 1 <= float(record["started_at"]) <= time.time() + 1
+
+
+def test_a_start_is_told_once_with_the_steps_of_the_request(jobs: Any, results: JobResults, job: str) -> None:
+    assert [results.start(job, "mine"), results.start(job, "mine")] == ["run", "run"], "as after a lost answer"
+    assert jobs.events(job) == BEGUN
+
+
+@pytest.mark.parametrize("request_text", ["", "{", "[]", "{}", '{"steps": "many"}'])
+def test_a_request_that_cannot_be_read_is_no_error_of_the_start(
+    redis: Redis, jobs: Any, results: JobResults, job: str, request_text: str
+) -> None:
+    redis.hset(protocol.job_key(job), "request", request_text)
+    assert results.start(job, "mine") == "run"
+    assert jobs.events(job) == BEGUN[:1]
 
 
 def test_a_second_start_takes_the_job_from_the_first_and_keeps_its_time(jobs: Any, results: JobResults, running: str) -> None:
@@ -122,7 +142,7 @@ def test_a_job_given_back_by_its_owner_has_lost_no_attempt(jobs: Any, results: J
 def test_progress_is_told_while_it_runs(jobs: Any, results: JobResults, running: str) -> None:
     assert results.tell(running, "mine", "progress", {"step": 2, "steps": 3}, step=2) == "run"
     assert jobs.record(running)["step"] == "2"
-    assert jobs.events(running) == [("queued", {}), ("progress", {"step": 2, "steps": 3})]
+    assert jobs.events(running) == [*BEGUN, ("progress", {"step": 2, "steps": 3})]
 
 
 def test_to_ask_changes_nothing(jobs: Any, results: JobResults, running: str) -> None:
@@ -150,7 +170,7 @@ def test_failure_says_why(jobs: Any, results: JobResults, running: str) -> None:
 def test_record_events_and_images_live_for_the_result_ttl_after_the_end(redis: Redis, results: JobResults, running: str, end: str) -> None:
     keys = [protocol.job_key(running), protocol.events_key(running)]
     assert [redis.ttl(key) for key in keys] == [-1, -1], "while it runs nothing expires"
-    results.store_image(running, "mine", 0, b"png", results.request(running)[2])
+    results.store_image(running, "mine", 0, b"png", 600)
     arguments = {"succeed": [[ENTRY]], "fail": ["why"], "cancel": []}[end]
     getattr(results, end)(running, "mine", *arguments)
     for key in [*keys, protocol.image_key(running, "mine", 0)]:
@@ -235,7 +255,7 @@ def test_a_running_job_is_told_to_stop(jobs: Any, results: JobResults, running: 
     assert jobs.status(running) == "canceling"
     assert jobs.cancel(running) == "canceling", "again changes nothing"
     assert results.tell(running, "mine", "progress", {"step": 2}, step=2) == "cancel"
-    assert jobs.events(running) == [("queued", {})], "there is no more progress"
+    assert jobs.events(running) == BEGUN, "there is no more progress"
     assert results.cancel(running, "mine")
     assert (jobs.status(running), jobs.events(running)[-1]) == ("canceled", ("done", {"status": "canceled"}))
     assert jobs.cancel(running) == "canceled"
@@ -260,7 +280,7 @@ def test_a_job_that_waits_again_is_still_being_canceled(jobs: Any, results: JobR
     jobs.cancel(running)
     assert results.give_back(running, "mine")
     assert (jobs.status(running), jobs.record(running)["execution"]) == ("canceling", "")
-    assert jobs.events(running) == [("queued", {})], "and not told as waiting again"
+    assert jobs.events(running) == BEGUN, "and not told as waiting again"
     assert results.start(running, "other") == "cancel"
     assert results.cancel(running, "other")
     assert jobs.status(running) == "canceled"
@@ -277,14 +297,29 @@ def test_many_jobs_are_told_of_in_one_round_trip_each_with_its_own_answer(
     results.store_image(running, "mine", 0, b"png", 60, pipeline)
     assert not redis.exists(protocol.image_key(running, "mine", 0)), "it waits for its event"
     news = [(job, "mine", "image", {"index": 0}, None) for job in (running, canceling, lost)]
-    assert results.tell_all(news, pipeline) == ["run", "cancel", "lost"]
+    assert results.tell_all(news, pipeline) == (["run", "cancel", "lost"], [])
     assert redis.get(protocol.image_key(running, "mine", 0)) == b"png"
-    assert [jobs.events(job)[-1][0] for job in (running, canceling, lost)] == ["image", "queued", "queued"]
+    assert [jobs.events(job)[-1][0] for job in (running, canceling, lost)] == ["image", "progress", "progress"]
+
+
+def test_pictures_and_ends_are_told_in_one_round_trip(
+    redis: Redis, jobs: Any, results: JobResults, running: str, make_request: Callable[..., GenerationRequest]
+) -> None:
+    canceling, lost = jobs.submit(make_request()), jobs.submit(make_request())
+    results.start(canceling, "mine")
+    jobs.cancel(canceling)
+    results.start(lost, "other")
+    news = [(job, "mine", "image", {"index": 0}, None) for job in (running, canceling, lost)]
+    ends = [(job, "mine", [ENTRY]) for job in (running, canceling, lost)]
+    assert results.tell_all(news, redis.pipeline(), ends) == (["run", "cancel", "lost"], [True, True, False])
+    assert [jobs.status(job) for job in (running, canceling, lost)] == ["succeeded", "canceled", "running"]
+    assert results.cancel(canceling, "mine"), "told again, as it is after a `cancel`, it is confirmed"
+    assert [event for event, _ in jobs.events(running)] == ["queued", "progress", "image", "done"]
 
 
 def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, make_request: Callable[..., GenerationRequest]) -> None:
     request = make_request(class_labels=(1, None), seed=2**40)
-    assert results.request(jobs.submit(request, checkpoint="c" * 64)) == (request, "c" * 64, 600)
+    assert order(results, jobs.submit(request, checkpoint="c" * 64)) == Order(request, "c" * 64, 600)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +346,7 @@ def test_a_record_that_is_not_for_this_worker_is_a_value_error(
     else:
         redis.hset(protocol.job_key(job), field, value)
     with pytest.raises(ValueError, match=message):
-        results.request(job)
+        order(results, job)
 
 
 def test_the_version_before_is_understood(
@@ -319,7 +354,7 @@ def test_the_version_before_is_understood(
 ) -> None:
     job = jobs.submit(make_request(), checkpoint="c" * 64)
     redis.hset(protocol.job_key(job), "version", protocol.VERSION - 1)
-    assert results.request(job)[0] == make_request()
+    assert order(results, job).request == make_request()
 
 
 def test_the_stream_of_a_long_job_is_trimmed(redis: Redis, results: JobResults, running: str, monkeypatch: pytest.MonkeyPatch) -> None:
