@@ -9,7 +9,7 @@ help:
 	@echo "make run    set up and start everything on this machine; prints the URL"
 	@echo "make test   set up and run every test"
 	@echo "make check  format, lint, types, import rules"
-	@echo "make bench  pictures/s beside diffusers' DiTPipeline"
+	@echo "make bench  pictures/s beside diffusers' DiTPipeline, overhead, and serving beside stock rq workers (about an hour)"
 	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 10 minutes)"
 	@echo "make clean  remove what was set up (not .dit, which holds queued jobs)"
 
@@ -44,6 +44,8 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/serving.py
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.chaos.long

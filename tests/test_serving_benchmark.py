@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/serving.py, overhead.py and _service.py, which are scripts and in no package."""
+"""The arithmetic of benchmarks/serving.py, overhead.py and what they share, which are scripts and in no package."""
 
 import importlib
 import json
@@ -24,6 +24,11 @@ def serving() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def service(serving: ModuleType) -> ModuleType:
     return importlib.import_module("_service")
+
+
+@pytest.fixture(scope="module")
+def peer(serving: ModuleType) -> ModuleType:
+    return importlib.import_module("_peer")
 
 
 def a_request(service: ModuleType, **changes: Any) -> Any:
@@ -115,17 +120,17 @@ def test_a_job_across_the_edge_of_a_window_counts_by_its_share_inside(service: M
 
 
 @pytest.mark.parametrize("changes", [{"steps": 21}, {"guidance_scale": 2.01}, {"sampler": "heun"}])
-def test_a_batch_of_equals_takes_no_job_that_differs(serving: ModuleType, service: ModuleType, changes: dict[str, Any]) -> None:
-    first, equal = (serving.peer_job_id(a_request(service, num_images=n)) for n in (1, 4))
-    other = serving.peer_job_id(a_request(service, **changes))
+def test_a_batch_of_equals_takes_no_job_that_differs(peer: ModuleType, service: ModuleType, changes: dict[str, Any]) -> None:
+    first, equal = (peer.peer_job_id(a_request(service, num_images=n)) for n in (1, 4))
+    other = peer.peer_job_id(a_request(service, **changes))
 
-    assert serving.equal_waiting(first, [other, equal, other]) == [equal]
+    assert peer.equal_waiting(first, [other, equal, other]) == [equal]
 
 
-def test_a_batch_of_equals_takes_the_oldest_that_fit_its_rows(serving: ModuleType, service: ModuleType) -> None:
-    first, *waiting = (serving.peer_job_id(a_request(service, num_images=n)) for n in (2, 4, 3, 1, 2))
+def test_a_batch_of_equals_takes_the_oldest_that_fit_its_rows(peer: ModuleType, service: ModuleType) -> None:
+    first, *waiting = (peer.peer_job_id(a_request(service, num_images=n)) for n in (2, 4, 3, 1, 2))
 
-    chosen = serving.equal_waiting(first, waiting, most_rows=16)  # guided pictures have two rows: 4 + 8, then 3 × 2 do not fit
+    chosen = peer.equal_waiting(first, waiting, most_rows=16)  # guided pictures have two rows: 4 + 8, then 3 × 2 do not fit
 
     assert chosen == [waiting[0], waiting[2]]
 
@@ -135,11 +140,11 @@ def test_an_unguided_picture_is_one_row_and_a_guided_one_two(service: ModuleType
     assert a_request(service, guidance_scale=1.5, num_images=3).rows == 6
 
 
-def test_the_name_of_every_sampler_is_allowed_in_a_job_id_of_rq(serving: ModuleType, service: ModuleType) -> None:
+def test_the_name_of_every_sampler_is_allowed_in_a_job_id_of_rq(peer: ModuleType, service: ModuleType) -> None:
     from rq.job import validate_job_id
 
     for sampler in SAMPLERS:
-        validate_job_id(serving.peer_job_id(a_request(service, sampler=sampler)))
+        validate_job_id(peer.peer_job_id(a_request(service, sampler=sampler)))
 
 
 def test_the_trace_tells_rows_and_busy_share_of_a_window(service: ModuleType, tmp_path: Path) -> None:
