@@ -113,11 +113,11 @@ class Peer:
 class Ours:
     """The worker's own runner, driven as the engine drives it, with a decoder for each dtype of the VAE."""
 
-    def __init__(self, checkpoint: Checkpoint, most: int, compile: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, most: int, compile: bool, reproducible: bool = False) -> None:
         assert checkpoint.vae is not None
         served = checkpoint.device.type == "cuda"  # there the VAE is served in the DiT's dtype, on a CPU in float32
         same = Checkpoint(checkpoint.config, checkpoint.dit, copy.deepcopy(checkpoint.vae).cast(torch.bfloat16))
-        self.runner = Runner(same, max_rows=max(4, 2 * most), compile=compile)
+        self.runner = Runner(same, max_rows=max(4, 2 * most), compile=compile, reproducible=reproducible)
         self.runner.warm_up()
         as_served = copy.deepcopy(checkpoint.vae).cast(torch.bfloat16 if served else torch.float32)
         self.decoders = {"same": self.runner.decoder, "served": Decoder(as_served, most, checkpoint.device)}

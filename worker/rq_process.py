@@ -88,6 +88,7 @@ class WorkerProcess(BaseWorker):
     # Birth, heartbeat, death.
 
     def bootstrap(self, *arguments: Any, **options: Any) -> None:
+        self._install_signal_handlers()  # rq does so only afterwards, when the worker is known already and may be told to stop
         super().bootstrap(*arguments, **options)
         self._registered = self.queue_names()
         self.heart = self._new_heart()

@@ -218,7 +218,9 @@ class DiTWorker(WorkerProcess):
     def _finish_failed(self, job: Job, execution: Execution, message: str) -> None:
         log.error("job %s failed: %s", job.id, message)
         job.retries_left = 0  # a failure is final; only a worker's death is tried again
-        self._finalize_failure(job, self._queue_of(job), execution, (RuntimeError, RuntimeError(message), None))
+        job.webhooks = []  # whatever the queue says of the job, nothing is called
+        job.ended_at = rq_now()
+        self.handle_job_failure(job, self._queue_of(job), exc_string=message, execution=execution)
 
     def _queue_of(self, job: Job) -> Queue:
         return Queue(job.origin, connection=self.connection, serializer=job.serializer)

@@ -72,6 +72,7 @@ def test_events_come_as_they_happen(with_store: Callable[..., Any], worker: Any)
 
         assert await following() == "queued"
         worker.take(job_id)
+        assert await following() == "progress"  # a start is the first
         for _ in range(3):
             worker.tell(job_id, "progress", {})
             assert await following() == "progress"

@@ -31,7 +31,10 @@ def begun(request: pytest.FixtureRequest) -> Iterator[dict[str, "Future[None]"]]
         pytest.fail(MISSING, pytrace=False)
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and HERE in item.path.parents]
     with ThreadPoolExecutor(len(items), thread_name_prefix="scenario") as pool, Services() as services:
-        yield {item.nodeid: pool.submit(play, services, item) for item in items}
+        scenarios = {item.nodeid: pool.submit(play, services, item) for item in items}
+        for scenario in scenarios.values():  # tests of other folders may follow
+            scenario.add_done_callback(lambda _: services.rest() if all(other.done() for other in scenarios.values()) else None)
+        yield scenarios
 
 
 @pytest.fixture

@@ -41,7 +41,11 @@ class Services:
                 self._known[request] = ended.pictures
             return self._known[request]
 
+    def rest(self) -> None:
+        """No picture will be asked for any more."""
+        self._undisturbed.close()
+
     def __exit__(self, *_: object) -> None:
         self._tests_end.set()
-        self._undisturbed.close()
+        self.rest()
         self._folder.cleanup()

@@ -9,7 +9,7 @@ from tests.chaos.worker import Mishap
 from worker.protocol import FINAL
 
 STEPS = 5
-STOPS = ("leased", "prepared", "step", "stored", "committing")
+STOPS = ("leased", "prepared", "step", "drawn", "committing")
 
 
 def advance(service: Service, worker: Worker, job: str) -> None:

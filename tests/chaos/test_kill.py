@@ -8,7 +8,8 @@ from tests.chaos.service import Service
 from tests.chaos.tiny import picture_request
 from tests.chaos.worker import Mishap
 
-CAT, DOGS = picture_request(0), picture_request(1, seed=30, num_images=2)
+# The second has more pictures than a forward has rows, so that some of them are in Redis while others are drawn.
+CAT, DOGS = picture_request(0), picture_request(1, seed=30, num_images=10)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,8 @@ CAT, DOGS = picture_request(0), picture_request(1, seed=30, num_images=2)
         ("leased", 2, [2, 2]),
         ("prepared", 2, [2, 2]),
         ("step", 6, [2, 2]),
-        ("stored", 1, [2, 2]),
+        ("drawn", 1, [2, 2]),
+        ("stored", 1, [1, 2]),
         ("committing", 1, [2, 2]),
         ("committed", 1, [1, 2]),
     ],

@@ -33,7 +33,7 @@ def attempts(service: Service, jobs: list[str]) -> list[int]:
     return [service.ended[job].attempts for job in jobs]
 
 
-@pytest.mark.parametrize(("point", "call"), [("step", 6), ("stored", 1), ("committing", 1)])
+@pytest.mark.parametrize(("point", "call"), [("step", 6), ("drawn", 1), ("stored", 1), ("committing", 1)])
 def test_redis_killed_and_restarted_in_the_middle_of_a_batch(service: Service, point: str, call: int) -> None:
     busy, jobs = in_the_middle(service, point, call)
     service.server.kill()

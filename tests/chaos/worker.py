@@ -27,12 +27,13 @@ _PR_SET_PDEATHSIG = 1
 # The moments of a job's life at which its worker, or its API, can be struck: a method, and whether before or after it.
 POINTS: dict[str, tuple[type, str, str]] = {
     "popped": (DiTWorker, "_lease", "before"),  # in the intermediate list, not leased
-    "leased": (JobResults, "start", "after"),
+    "leased": (JobResults, "start_in", "after"),
     "prepared": (DiTWorker, "_admit", "after"),
     "step": (Runner, "step", "after"),  # inside Engine.tick
-    "stored": (DiTWorker, "_store", "after"),  # its pictures are in Redis, its end is not
-    "committing": (JobResults, "succeed", "before"),
-    "committed": (JobResults, "succeed", "after"),  # ended for us, and not yet in rq's books
+    "drawn": (DiTWorker, "_store", "before"),  # a tick's pictures are ready, and nothing of them is in Redis
+    "stored": (DiTWorker, "_store", "after"),  # they are there, and so is the end of a job that has no more to come
+    "committing": (JobResults, "_end", "before"),  # its pictures and its end are about to be sent
+    "committed": (DiTWorker, "_finish", "before"),  # ended for us, and not yet in rq's books
     "submitting": (JobStore, "_enqueue", "before"),  # of an API: there was room in the queue
     "submitted": (JobStore, "_enqueue", "after"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from rq import Queue, Retry, command, registry, suspension, worker_registration
+from rq import Callback, Queue, Retry, command, registry, suspension, worker_registration
 from rq.exceptions import DeserializationError, StopRequested
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job, JobStatus
@@ -67,6 +67,11 @@ def success(worker: BaseWorker, job: Job, execution: Execution) -> None:
         pipeline.execute()
 
 
+def failure(worker: BaseWorker, queue: Queue, job: Job, execution: Execution) -> None:
+    job.retries_left, job.webhooks, job.ended_at = 0, [], now()
+    worker.handle_job_failure(job, queue, exc_string="why", execution=execution)
+
+
 def keys(redis: Redis, pattern: str) -> set[str]:
     return {key.decode() for key in redis.keys(pattern)}
 
@@ -102,7 +107,7 @@ def test_the_version_is_the_one_that_was_read() -> None:
         (BaseWorker.cleanup_execution, ["self", "job", "pipeline", "execution"]),
         (BaseWorker.increment_successful_job_count, ["self", "pipeline"]),
         (BaseWorker.increment_total_working_time, ["self", "job_execution_time", "pipeline"]),
-        (BaseWorker._finalize_failure, ["self", "job", "queue", "execution", "exc_info"]),
+        (BaseWorker.handle_job_failure, ["self", "job", "queue", "started_job_registry", "exc_string", "execution"]),
         (Execution.create, ["job", "ttl", "pipeline", "worker_name"]),
         (ExecutionRegistry.__init__, ["self", "job_id", "connection"]),
         (Job.prepare_for_execution, ["self", "worker_name", "pipeline"]),
@@ -229,12 +234,19 @@ def test_failure_without_retries_left_ends_the_lease(redis: Redis, queue: Queue,
     job = enqueue()
     redis.delete(queue.key)
     execution = lease(worker, job)
-    job.retries_left = 0
-    worker._finalize_failure(job, queue, execution, (RuntimeError, RuntimeError("why"), None))
+    failure(worker, queue, job, execution)
     assert redis.hget(job.key, "status") == b"failed"
     assert (redis.llen(queue.key), redis.zcard(queue.started_job_registry.key)) == (0, 0)
     assert redis.zscore(f"rq:failed:{NAME}", job.id) is not None
     assert keys(redis, "rq:execution*") == set()
+
+
+def test_a_failure_that_is_booked_calls_nothing(redis: Redis, queue: Queue, worker: BaseWorker, enqueue: Callable[..., Job]) -> None:
+    """rq's own _finalize_failure would import what the job names."""
+    job = enqueue(on_failure=Callback("no.such.module.function"))
+    fetched = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
+    failure(worker, queue, fetched, lease(worker, fetched))
+    assert redis.hget(job.key, "status") == b"failed"
 
 
 def test_cleanup_of_an_execution_leaves_the_job_as_it_is(
@@ -258,8 +270,7 @@ def test_a_stopped_job_is_stopped_in_rqs_books_and_the_next_failure_is_one(
         execution = lease(worker, job)
         if expected == b"stopped":
             worker._stopped_job_id = job.id
-        job.retries_left = 0
-        worker._finalize_failure(job, queue, execution, (RuntimeError, RuntimeError("why"), None))
+        failure(worker, queue, job, execution)
         assert redis.hget(job.key, "status") == expected
         assert redis.zscore(f"rq:failed:{NAME}", job.id) is not None and worker._stopped_job_id is None
 
@@ -284,7 +295,7 @@ def test_registries_forget_what_has_ended_only_when_they_are_cleaned(
     """Which is why our maintenance cleans them all: else the id of every job of all time would stay."""
     done, failed = enqueue(), enqueue(0)
     success(worker, done, lease(worker, done))
-    worker._finalize_failure(failed, queue, lease(worker, failed), (RuntimeError, RuntimeError("why"), None))
+    failure(worker, queue, failed, lease(worker, failed))
     sets = [f"rq:finished:{NAME}", f"rq:failed:{NAME}"]
     assert [redis.zcard(key) for key in sets] == [1, 1]
     assert [redis.ttl(key) for key in sets] == [-1, -1]

@@ -313,6 +313,26 @@ def test_a_second_signal_gives_back_at_once_unless_it_is_the_first_ones_double(
     assert jobs.waiting() == [long] and jobs.record(long)["attempts"] == "0"
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_a_signal_is_obeyed_from_the_moment_on_that_the_worker_is_known(
+    jobs: Any, worker: DiTWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(worker, "_install_signal_handlers", lambda: order.append("signals"))
+    birth = worker.register_birth
+
+    def born_and_told_to_stop() -> None:
+        order.append("birth")
+        birth()
+        ask_to_stop(worker)
+
+    monkeypatch.setattr(worker, "register_birth", born_and_told_to_stop)
+    job = jobs.submit(make_request())
+    worker.work()
+    assert order[:2] == ["signals", "birth"]
+    assert jobs.waiting() == [job] and not jobs.redis.exists("rq:workers", protocol.model_key("tiny"))
+
+
 def test_a_signal_raises_only_where_nothing_can_be_lost(worker: DiTWorker) -> None:
     ask_to_stop(worker)
     assert worker._stop_requested
