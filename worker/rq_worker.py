@@ -146,10 +146,10 @@ class DiTWorker(WorkerProcess):
             news.append((image.job_id, lease.execution.id, "image", data, None))
         ends = [(lease.job.id, lease.execution.id, sorted(lease.images, key=lambda image: int(image["index"]))) for lease in done]
         answers, ended = self.results.tell_all(news, pipeline, ends)
-        self._obey(news, answers)
-        for lease, told in zip(done, ended, strict=True):
-            if lease.job.id in self.leases and self._close(lease, told):
+        for lease, told in zip(done, ended, strict=True):  # also if it was to be canceled: the script has seen to that
+            if self._close(lease, told):
                 self._finish(lease.job, lease.execution)
+        self._obey(news, answers)
 
     def _tell_progress(self) -> None:
         news: list[News] = []
