@@ -49,8 +49,15 @@ def make_advance(
         state[slot] = new
         return new.flatten(1).isfinite().all(1)
 
-    run: Any = torch.compile(advance, dynamic=False) if compile else advance  # a graph per bucket
-    return lambda whole, real: run(state, prepared, changes, whole, real)
+    run: Any = torch.compile(advance, dynamic=False) if compile else advance
+
+    def call(whole: Tensor, real: Tensor) -> Tensor:
+        if compile and whole.device.type == "cpu":  # one graph for all buckets there; on CUDA one for each
+            torch._dynamo.mark_dynamic(whole, 0)
+            torch._dynamo.mark_dynamic(real, 0)
+        return run(state, prepared, changes, whole, real)
+
+    return call
 
 
 class Captured:

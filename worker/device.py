@@ -12,7 +12,8 @@ from torch import Tensor
 from model.checkpoint import DTYPES, Checkpoint
 from worker.decoder import DECODE_BUCKETS, SMALLEST_DECODE
 
-SMALLEST_FORWARD = 4  # below this the CPU's kernels give other bits
+SMALLEST_BUCKET = 2  # a row by itself has other bits on the CPU
+FEWEST_ROWS = 4  # to be the most of a forward: two guided pictures, so that none has to wait for another to end
 _NEARLY = 0.95  # of the most rows a second that any number of rows gives
 _ROUNDS = 5
 
@@ -41,12 +42,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def row_buckets(max_rows: int) -> list[int]:
-    """Powers of two from the smallest forward to the first that holds max_rows: with 9 or 10 rows, say, the last have other bits."""
-    buckets = [SMALLEST_FORWARD]
-    while buckets[-1] < max_rows:
-        buckets.append(2 * buckets[-1])
-    return buckets
+def row_buckets(max_rows: int, device: torch.device) -> list[int]:
+    """Powers of two from the smallest bucket to the first that holds max_rows; on the CPU, where a bucket costs neither a graph
+    nor its memory, also what is half-way between two.
+    """
+    powers = [SMALLEST_BUCKET << i for i in range(max_rows.bit_length())]
+    sizes = sorted({*powers, *(3 * power // 2 for power in powers if device.type == "cpu")})
+    return [size for size, smaller in zip(sizes, [0, *sizes], strict=False) if smaller < max_rows]
 
 
 def alike_buckets(run: Callable[[Tensor], Tensor], buckets: Sequence[int]) -> list[int]:
@@ -109,7 +111,7 @@ def affordable(checkpoint: Checkpoint, most_rows: int, limit_s: float) -> tuple[
         z = torch.randn(images, c.in_channels, c.input_size, c.input_size, device=device)
         return lambda: vae.decode(z)
 
-    curve = _curve(forward, SMALLEST_FORWARD, most_rows, device, limit_s)
+    curve = _curve(forward, FEWEST_ROWS, most_rows, device, limit_s)
     return worthwhile(curve), worthwhile(_curve(decode, SMALLEST_DECODE, DECODE_BUCKETS[-1], device, limit_s)), curve
 
 

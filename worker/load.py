@@ -9,7 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from model.checkpoint import Checkpoint, load
 from model.config import DiTConfig
 from worker.decoder import SMALLEST_DECODE
-from worker.device import SMALLEST_FORWARD, affordable, can_compile
+from worker.device import FEWEST_ROWS, affordable, can_compile
 from worker.runner import Runner
 
 log = logging.getLogger("dit.worker")
@@ -80,10 +80,10 @@ class Loader:
             try:
                 return self._runner(checkpoint, max_rows, max_decode, compile)
             except torch.OutOfMemoryError:
-                if max_rows <= SMALLEST_FORWARD and max_decode <= SMALLEST_DECODE:
+                if max_rows <= FEWEST_ROWS and max_decode <= SMALLEST_DECODE:
                     raise
                 log.warning("out of memory with %d rows to a forward and %d images to a decode; trying half", max_rows, max_decode)
-                max_rows, max_decode = max(SMALLEST_FORWARD, max_rows // 2), max(SMALLEST_DECODE, max_decode // 2)
+                max_rows, max_decode = max(FEWEST_ROWS, max_rows // 2), max(SMALLEST_DECODE, max_decode // 2)
             except BackendCompilerFailed as error:
                 reason = str(error.inner_exception).strip().partition("\n")[0]
                 log.warning("compiling failed, so the model runs uncompiled, more slowly: %s", reason)

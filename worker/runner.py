@@ -24,7 +24,7 @@ from model.noise import normal
 from model.samplers import build_table
 from worker.advance import REAL, WHOLE, Advance, Captured, make_advance
 from worker.decoder import Decoder, Decoding, bucket_of
-from worker.device import SMALLEST_FORWARD, alike_buckets, elapsed, row_buckets, steady_threads
+from worker.device import FEWEST_ROWS, alike_buckets, elapsed, row_buckets, steady_threads
 from worker.plan import K, Plan, make_plan
 from worker.prepared import Pair, PreparedTable
 from worker.protocol import GenerationRequest
@@ -68,7 +68,7 @@ class Runner:
         self.config, self.device = checkpoint.config.architecture, checkpoint.device
         c = self.config
         self.shape = (c.in_channels, c.input_size, c.input_size)
-        self.buckets = row_buckets(max_rows)
+        self.buckets = row_buckets(max_rows, self.device)
         self.decoder = Decoder(checkpoint.vae, min(max_rows, max_decode or max_rows), self.device)
         picture_bytes = 4 * K * c.in_channels * c.input_size**2
         self.slots = max(self.buckets[-1], min(_SLOTS_PER_ROW * max_rows, _STATE_BYTES // picture_bytes))
@@ -289,9 +289,9 @@ class Runner:
 
     def halve(self) -> bool:
         """Half the rows from now on, after the device ran out of memory; False if there are no fewer."""
-        if len(self.buckets) == 1 or self.max_rows <= SMALLEST_FORWARD:
+        if len(self.buckets) == 1 or self.max_rows <= FEWEST_ROWS:
             return False
-        self.max_rows = max(SMALLEST_FORWARD, self.max_rows // 2)
+        self.max_rows = max(FEWEST_ROWS, self.max_rows // 2)
         self.buckets = [b for b in self.buckets if b <= self.bucket(self.max_rows)]
         self._captured = {key: graph for key, graph in self._captured.items() if key[1] in self.buckets}
         if self.device.type == "cuda":

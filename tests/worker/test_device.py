@@ -168,9 +168,23 @@ def test_elapsed_is_the_time_of_one_call() -> None:
 # --- the same bits everywhere ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("max_rows", "buckets"), [(2, [4]), (4, [4]), (5, [4, 8]), (8, [4, 8]), (10, [4, 8, 16]), (32, [4, 8, 16, 32])])
-def test_buckets_are_powers_of_two_that_hold_the_most_rows(max_rows: int, buckets: list[int]) -> None:
-    assert row_buckets(max_rows) == buckets
+@pytest.mark.parametrize(
+    ("max_rows", "device", "buckets"),
+    [
+        (1, "cpu", [2]),
+        (2, "cpu", [2]),
+        (4, "cpu", [2, 3, 4]),
+        (5, "cpu", [2, 3, 4, 6]),
+        (8, "cpu", [2, 3, 4, 6, 8]),
+        (10, "cpu", [2, 3, 4, 6, 8, 12]),
+        (16, "cpu", [2, 3, 4, 6, 8, 12, 16]),
+        (2, "cuda", [2]),
+        (5, "cuda", [2, 4, 8]),
+        (32, "cuda", [2, 4, 8, 16, 32]),
+    ],
+)
+def test_buckets_grow_until_one_holds_the_most_rows(max_rows: int, device: str, buckets: list[int]) -> None:
+    assert row_buckets(max_rows, torch.device(device)) == buckets
 
 
 def test_a_bucket_whose_rows_differ_is_dropped() -> None:

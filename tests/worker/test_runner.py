@@ -256,12 +256,12 @@ def test_a_step_that_throws_writes_nothing(make_runner: MakeRunner, make_request
     assert same(clean, play.run([(0, make_request())])["0", 0]) and play.lost == []
 
 
-def test_the_rows_are_halved_down_to_the_smallest_forward(make_runner: MakeRunner, make_request: MakeRequest) -> None:
+def test_the_rows_are_halved_down_to_the_fewest(make_runner: MakeRunner, make_request: MakeRequest) -> None:
     runner = make_runner(max_rows=16)
     clean = by_itself(runner, make_request())
-    assert [runner.halve(), runner.max_rows, runner.buckets] == [True, 8, [4, 8]]
-    assert [runner.halve(), runner.max_rows, runner.buckets] == [True, 4, [4]]
-    assert [runner.halve(), runner.max_rows, runner.buckets] == [False, 4, [4]]
+    assert [runner.halve(), runner.max_rows, runner.buckets] == [True, 8, [2, 3, 4, 6, 8]]
+    assert [runner.halve(), runner.max_rows, runner.buckets] == [True, 4, [2, 3, 4]]
+    assert [runner.halve(), runner.max_rows, runner.buckets] == [False, 4, [2, 3, 4]]
     assert same(clean, by_itself(runner, make_request()))
 
 
@@ -343,8 +343,8 @@ def test_a_bucket_that_gives_other_bits_is_not_used(
     linear = runner.checkpoint.dit.final_layer.linear
     linear.register_forward_hook(lambda module, given, out: out * (1.001 if out.shape[0] == 4 else 1.0))
     runner.warm_up()
-    assert runner.buckets == [8, 16]
-    assert "forward buckets [4] of [4, 8, 16] give other bits and are left out" in caplog.text
+    assert runner.buckets == [2, 3, 6, 8, 12, 16]
+    assert "forward buckets [4] of [2, 3, 4, 6, 8, 12, 16] give other bits and are left out" in caplog.text
     joins = [(i, make_request(steps=6, seed=i, class_labels=(i % 4,))) for i in range(5)]
     crowd = Play(runner).run(joins)
     assert all(same(crowd[str(i), 0], by_itself(runner, request)) for i, (_, request) in enumerate(joins))
@@ -355,7 +355,7 @@ def test_rows_that_depend_on_their_place_everywhere_are_said_in_the_log(make_run
     linear = runner.checkpoint.dit.final_layer.linear
     linear.register_forward_hook(lambda module, given, out: out * (1 + 1e-3 * torch.arange(len(out)).view(-1, 1, 1)))
     runner.warm_up(choose_threads=False)
-    assert runner.buckets == [4, 8] and "a row's bits depend on its place" in caplog.text
+    assert runner.buckets == [2, 3, 4, 6, 8] and "a row's bits depend on its place" in caplog.text
 
 
 def test_a_reproducible_runner_has_one_shape_of_forward_and_decode(
