@@ -25,6 +25,7 @@ from model.samplers import build_table
 from worker.advance import REAL, WHOLE, Advance, Captured, make_advance
 from worker.decoder import Decoder, Decoding, bucket_of
 from worker.device import FEWEST_ROWS, alike_buckets, elapsed, row_buckets, steady_threads
+from worker.packed import pack_linears
 from worker.plan import K, Plan, make_plan
 from worker.prepared import Pair, PreparedTable
 from worker.protocol import GenerationRequest
@@ -69,6 +70,9 @@ class Runner:
         c = self.config
         self.shape = (c.in_channels, c.input_size, c.input_size)
         self.buckets = row_buckets(max_rows, self.device)
+        if compile:  # the network is the runner's own from here on
+            for part in (checkpoint.dit.blocks, checkpoint.dit.final_layer):
+                pack_linears(part, self.buckets[-1] * self.config.num_tokens)
         self.decoder = Decoder(checkpoint.vae, min(max_rows, max_decode or max_rows), self.device)
         picture_bytes = 4 * K * c.in_channels * c.input_size**2
         self.slots = max(self.buckets[-1], min(_SLOTS_PER_ROW * max_rows, _STATE_BYTES // picture_bytes))
