@@ -125,7 +125,7 @@ def test_the_trace_tells_what_each_tick_did(runner: Runner, make_request: MakeRe
         "steps": [("a", 0, 0), ("a", 1, 0), ("b", 0, 0)],
     }
     assert second == {
-        **{"checkpoint": identity, "rows": 3, "bucket": 4, "pictures": 2, "jobs": 1, "decoded": 2},
+        **{"checkpoint": identity, "rows": 3, "bucket": 3, "pictures": 2, "jobs": 1, "decoded": 2},
         "steps": [("a", 0, 1), ("a", 1, 1)],
     }
 
