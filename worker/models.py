@@ -171,7 +171,11 @@ class Shelf:
 
     def _look(self) -> None:
         for name, entry in self._entries().items():
-            token = signature(entry)
+            try:
+                token = signature(entry)
+            except (ValueError, OSError) as error:  # of one folder, which the next look sees again
+                log.warning("model %s cannot be looked at: %s", name, error)
+                continue
             if token != self._signatures.get(name) and name not in self._reading:
                 self._signatures[name] = token
                 self._reading[name] = self._thread.submit(read_config, entry)

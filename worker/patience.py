@@ -41,7 +41,8 @@ def is_trouble(error: Exception) -> bool:
         return False
     if isinstance(error, ConnectionError | TimeoutError | OSError | OutOfMemoryError | ReadOnlyError):
         return True
-    return isinstance(error, ResponseError) and "MISCONF" in str(error)[:500]  # no error class of its own
+    text = str(error)[:500]  # what has no error class of its own, or is the reason why a transaction was discarded
+    return isinstance(error, ResponseError) and any(reason in text for reason in ("MISCONF", "OOM command", "READONLY"))
 
 
 class Patience(Retry):

@@ -36,6 +36,8 @@ class Order:
             raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
         if text is None or pinned is None or ttl_s is None:
             raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
+        if int(ttl_s) < 1:
+            raise ValueError(f"the job's results cannot live for {int(ttl_s)} s")
         return cls(GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s))
 
 
@@ -80,6 +82,11 @@ class JobResults:
         """Twice: the same bytes. Those of an execution that has lost the job are read by nobody and live for the TTL."""
         client = pipeline if pipeline is not None else self.connection
         client.set(protocol.image_key(job_id, execution, index), png, ex=ttl_s)
+
+    def keep_images(self, job_id: str, execution: str, images: list[dict[str, Any]], ttl_s: int, pipeline: Any) -> None:
+        """Those of a job live as long as the last of them."""
+        for image in images:
+            pipeline.expire(protocol.image_key(job_id, execution, image["index"]), ttl_s)
 
     def succeed(self, job_id: str, execution: str, images: list[dict[str, Any]]) -> bool:
         return self._end(self.connection, job_id, execution, SUCCEEDED, images) == 1

@@ -25,7 +25,7 @@ from rq.worker import BaseWorker, WorkerStatus
 
 from worker import protocol
 from worker.engine import Engine
-from worker.heart import Heart, end_hung_process
+from worker.heart import RENEW_EVERY_S, Heart, end_hung_process
 from worker.intake import Intake
 from worker.leases import WORKER_TTL_S, Lease, Promises
 from worker.maintenance import Maintenance
@@ -76,6 +76,7 @@ class WorkerProcess(BaseWorker):
         self._stop_asked: SimpleQueue[str] = SimpleQueue()  # ids of the jobs that rq's commands shall end
         self._drain_until = math.inf  # monotonic
         self._redis_at = 0.0  # monotonic; in trouble, Redis is not asked before for what can wait
+        self._clean_at = 0.0  # monotonic; other workers' leases are let be before
         self._listening = False
 
     @staticmethod
@@ -160,7 +161,7 @@ class WorkerProcess(BaseWorker):
         try:
             payload = parse_payload(message)
             if payload["command"] in ("stop-job", "stop-execution"):
-                self._stop_asked.put(payload["job_id"])
+                self._stop_asked.put(str(payload["job_id"]))
             else:
                 handle_command(self, payload)
         except (ValueError, LookupError, TypeError) as error:
@@ -181,6 +182,11 @@ class WorkerProcess(BaseWorker):
         self._if_it_answers(lambda: BaseWorker.run_maintenance_tasks(self))
 
     def clean_registries(self) -> None:
+        """After an outage nobody's lease is taken away before its worker had time to renew it."""
+        if time.monotonic() < self._clean_at:
+            return
+        if self.leases:
+            self._promises.renew(self, self.records, list(self.leases.values()))
         for model, queue in zip(self._models(), self.queues, strict=True):
             self._maintenance.clean(model, queue)
         self.last_cleaned_at = rq_now()
@@ -200,6 +206,7 @@ class WorkerProcess(BaseWorker):
             if not self._redis_at:
                 log.warning("Redis: %s; the steps go on without it for now", error)
             self._redis_at = time.monotonic() + LATER_S
+            self._clean_at = time.monotonic() + 2 * RENEW_EVERY_S
             return None
 
     # Waiting for work.

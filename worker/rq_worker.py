@@ -6,6 +6,7 @@ rq's own `work()` waits for the first job; `execute_job` then runs the engine un
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from rq import Queue
 from rq.exceptions import DeserializationError
@@ -138,12 +139,14 @@ class DiTWorker(WorkerProcess):
         """The pictures of one tick, their events and the ends of jobs in one round trip; they are kept here until Redis has taken them."""
         pipeline, news = self.connection.pipeline(), list[News]()
         for image in ready:
-            lease = self.leases[image.job_id]
+            lease, ttl_s = self.leases[image.job_id], self.leases[image.job_id].order.result_ttl_s
             entry = {"index": image.index, "seed": image.seed, "sha256": image.sha256, "bytes": len(image.png)}
             lease.images.append(entry)
-            self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, lease.order.result_ttl_s, pipeline)
+            self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, ttl_s, pipeline)
             data = {**entry, "url": f"/jobs/{image.job_id}/images/{image.index}"}
             news.append((image.job_id, lease.execution.id, "image", data, None))
+        for lease in {image.job_id: self.leases[image.job_id] for image in ready}.values():
+            self.results.keep_images(lease.job.id, lease.execution.id, lease.images, lease.order.result_ttl_s, pipeline)
         ends = [(lease.job.id, lease.execution.id, sorted(lease.images, key=lambda image: int(image["index"]))) for lease in done]
         answers, ended = self.results.tell_all(news, pipeline, ends)
         for lease, told in zip(done, ended, strict=True):  # also if it was to be canceled: the script has seen to that
@@ -167,7 +170,8 @@ class DiTWorker(WorkerProcess):
             lease = self.leases.get(job_id)
             if lease and answer == "cancel":
                 if self._close(lease, self.results.cancel(job_id, lease.execution.id)):
-                    self._finish(lease.job, lease.execution)  # for rq a canceled job has succeeded too
+                    # For rq a canceled job has succeeded too. If Redis is full, its books wait until the lease has run out.
+                    self._if_it_answers(partial(self._finish, lease.job, lease.execution))
             elif lease and answer == "lost":
                 self._drop(lease)
 

@@ -131,6 +131,7 @@ local status, owner, ttl = unpack(redis.call('HMGET', KEYS[1], 'status', 'execut
 if owner ~= ARGV[2] then return 0 end
 if status == ARGV[3] or status == 'canceled' then return 1 end
 if status ~= 'running' and status ~= 'canceling' and status ~= 'queued' then return 0 end
+ttl = tonumber(ttl) or 86400 -- of a damaged record, which ends all the same
 local ended, images, reason, done = ARGV[3], ARGV[5], ARGV[6], ARGV[7]
 if status == 'canceling' then ended, images, reason, done = 'canceled', '[]', '', '{"status": "canceled"}' end
 redis.call('HSET', KEYS[1], 'status', ended, 'finished_at', ARGV[4], 'images', images, 'error', reason)
@@ -197,7 +198,7 @@ for _, lease in ipairs(redis.call('ZRANGEBYSCORE', wip, '-inf', now, 'LIMIT', 0,
   local status, owner, attempts, ttl = unpack(redis.call('HMGET', job, 'status', 'execution', 'attempts', 'result_ttl_s'))
   local other = owner and owner ~= execution and redis.call('ZSCORE', wip, id .. ':' .. owner)
   if status == 'running' and owner == execution and tonumber(attempts) >= {MAX_ATTEMPTS} then
-    fail(id, job, ttl)
+    fail(id, job, tonumber(ttl) or 86400)
     table.insert(told, 'dead')
     table.insert(told, id)
   elseif not (other and tonumber(other) > now) then

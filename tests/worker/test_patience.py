@@ -17,6 +17,7 @@ from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
     DataError,
+    ExecAbortError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
@@ -160,7 +161,17 @@ def test_what_is_wrong_is_not_sent_again(client: Redis) -> None:
 def test_errors_that_pass_are_told_from_those_that_stay() -> None:
     passing = [ConnectionError(), TimeoutError(), BusyLoadingError(), OutOfMemoryError(), ReadOnlyError(), BrokenPipeError()]
     assert all(is_trouble(error) for error in [*passing, ResponseError("MISCONF Valkey is configured to save RDB snapshots, but …")])
-    assert not any(is_trouble(error) for error in [AuthenticationError(), ResponseError("ERR syntax"), DataError(), ValueError()])
+    assert is_trouble(ExecAbortError("Transaction discarded because of: OOM command not allowed when used memory > 'maxmemory'."))
+    assert not any(
+        is_trouble(error)
+        for error in [
+            ExecAbortError("Transaction discarded because of previous errors."),
+            AuthenticationError(),
+            ResponseError("ERR syntax"),
+            DataError(),
+            ValueError(),
+        ]
+    )
 
 
 def test_redis_py_has_the_seam_that_this_stands_on(client: Redis) -> None:

@@ -333,6 +333,7 @@ def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, m
         ("request", None, "lacks its request, its checkpoint or its TTL"),
         ("result_ttl_s", None, "lacks its request, its checkpoint or its TTL"),
         ("result_ttl_s", "long", "invalid literal"),
+        ("result_ttl_s", "0", "cannot live for 0 s"),
         ("request", "{}", "not a generation request"),
         ("request", b"\xff\xfe", "decode"),
     ],
@@ -362,3 +363,9 @@ def test_the_stream_of_a_long_job_is_trimmed(redis: Redis, results: JobResults, 
     for step in range(400):
         results.tell(running, "mine", "progress", {"step": step}, step=step)
     assert 100 <= redis.xlen(protocol.events_key(running)) < 300
+
+
+def test_a_damaged_record_ends_and_expires_too(redis: Redis, jobs: Any, results: JobResults, running: str) -> None:
+    redis.hset(protocol.job_key(running), "result_ttl_s", "long")
+    assert results.fail(running, jobs.record(running)["execution"], "its record is damaged")
+    assert jobs.status(running) == "failed" and redis.ttl(protocol.job_key(running)) > 0

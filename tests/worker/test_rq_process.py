@@ -257,6 +257,7 @@ def test_what_is_no_command_is_passed_over(worker: DiTWorker, junk: dict[str, An
 
 def test_a_stop_of_a_job_that_runs_elsewhere_does_nothing(worker: DiTWorker) -> None:
     worker.handle_payload(message(command="stop-job", job_id="nobody"))
+    worker.handle_payload(message(command="stop-job", job_id=["no", "id"]))
     worker._stop_jobs()
     assert worker._stop_asked.empty()
 

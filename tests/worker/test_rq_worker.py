@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from redis import Redis
+from redis.exceptions import ConnectionError
 from rq.utils import now
 
 from worker import heart, maintenance, protocol
@@ -383,6 +384,55 @@ def test_a_busy_worker_looks_for_the_jobs_of_dead_ones_too(jobs: Any, make_worke
     work(busy)
     assert jobs.status(lost) == "succeeded"
     assert busy.engine.ticks <= 22, "it joined the job that ran"
+
+
+def test_a_worker_that_could_not_renew_its_leases_does_not_take_them_from_itself(
+    jobs: Any, worker: DiTWorker, make_request: MakeRequest
+) -> None:
+    """As when Redis comes back after it was away for longer than a lease."""
+    job = jobs.submit(make_request(steps=9))
+
+    def redis_comes_back() -> None:
+        jobs.expire_leases()
+        worker.last_cleaned_at = None
+
+    worker.engine.before[3] = redis_comes_back
+    work(worker)
+    assert (jobs.status(job), jobs.record(job)["attempts"]) == ("succeeded", "1") and worker.engine.ticks < 12, "no step was made twice"
+
+
+def test_after_an_outage_other_workers_get_time_to_renew_their_leases(
+    jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.submit(make_request())
+    take(make_worker(), jobs)
+    jobs.expire_leases()
+
+    def away() -> None:
+        raise ConnectionError("Redis is away")
+
+    worker._if_it_answers(away)
+    worker.clean_registries()
+    assert jobs.status(job) == "running"
+    worker._clean_at = time.monotonic()
+    worker.clean_registries()
+    assert jobs.status(job) == "queued"
+
+
+def test_the_pictures_of_a_job_live_as_long_as_the_last_of_them(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest
+) -> None:
+    job, stored = jobs.submit(make_request(class_labels=(0,) * 20)), worker._store
+
+    def store_and_wait(*arguments: Any) -> None:
+        stored(*arguments)
+        for key in redis.keys(f"dit:image:{job}:*") if jobs.status(job) == "running" else ():
+            redis.expire(key, 10)
+
+    worker._store = store_and_wait  # type: ignore[method-assign]
+    work(worker)
+    ttls = [redis.ttl(key) for key in redis.keys(f"dit:image:{job}:*")]
+    assert len(ttls) == 20 and all(590 <= ttl <= 600 for ttl in ttls)
 
 
 def test_after_so_many_dead_workers_the_job_fails_and_says_why(
