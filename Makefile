@@ -10,7 +10,7 @@ help:
 	@echo "make test   set up and run every test"
 	@echo "make check  format, lint, types, import rules"
 	@echo "make bench  pictures/s beside diffusers' DiTPipeline, overhead, and serving beside stock rq workers (about an hour)"
-	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 10 minutes)"
+	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 3 minutes)"
 	@echo "make clean  remove what was set up (not .dit, which holds queued jobs)"
 
 # A stamp per set of packages, so that a second start installs nothing. torch comes first and by itself: pip takes the pinned build.
