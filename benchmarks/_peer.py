@@ -1,4 +1,5 @@
-"""serving.py's peers: stock rq workers that hold the same model and call `model.sampling.sample()`. Runs in their processes too."""
+"""serving.py's peers: stock rq workers that hold the same model and draw with diffusers or `model.sampling.sample()`. Runs in their
+processes too."""
 
 import io
 import json
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from _pipeline import Pipeline
 from _service import MOST_PICTURES, Request, Service, child
 from PIL import Image
 from redis import Redis
@@ -30,6 +32,7 @@ BATCH_ROWS = 32
 KEPT_S = 3600  # a peer's pictures and records
 PADDED = (1, 2, 3, 4, 8, 16, 32)  # pictures of a compiled peer's batch: a graph per number of rows
 PEERS = {False: "one at a time", True: "batches of equals"}
+LIBRARIES = ("diffusers", "sample()")
 
 
 def peer_job_id(request: Request) -> str:
@@ -51,17 +54,21 @@ def equal_waiting(first: str, waiting: Sequence[str], most_rows: int = BATCH_ROW
 
 
 class PeerModel:
-    """The model in a peer's worker, as someone would write it who has `sample()`."""
+    """The model in a peer's worker, as someone would write it who has the library."""
 
-    def __init__(self, checkpoint: str, device: str, dtype: str, compile: bool, batching: bool) -> None:
+    def __init__(self, checkpoint: str, device: str, dtype: str, library: str, compile: bool, batching: bool) -> None:
         sampling.SMALLEST_BATCH = 1
         self.batching, self.compile = batching, compile
-        self.checkpoint = load(checkpoint, device)
+        if compile:
+            torch._dynamo.config.recompile_limit = 32
+        self.checkpoint, self.pipeline = load(checkpoint, device), None
+        if library == LIBRARIES[0]:
+            self.pipeline = Pipeline(self.checkpoint, DTYPES[dtype], compile)
+            return
         self.checkpoint.dit.to(DTYPES[dtype])
         if self.checkpoint.vae and self.checkpoint.device.type == "cuda":  # on the CPU the decoder stays in float32, as ours does
             self.checkpoint.vae.cast(DTYPES[dtype])
         if compile:
-            torch._dynamo.config.recompile_limit = 32
             self.checkpoint.dit = cast(DiT, torch.compile(self.checkpoint.dit, dynamic=False))
 
     def warm_up(self, samplers: Sequence[str]) -> None:
@@ -80,9 +87,11 @@ class PeerModel:
             padding = next(size for size in PADDED if size >= count) - count
             labels, seeds = [*labels, *[None] * padding], [*seeds, *[0] * padding]
         one = requests[0]
-        images = sampling.sample(
-            self.checkpoint, labels, steps=one.steps, guidance_scale=one.guidance_scale, sampler=one.sampler, seeds=seeds
-        )
+        setting: dict[str, Any] = {"steps": one.steps, "guidance_scale": one.guidance_scale, "sampler": one.sampler}
+        if self.pipeline:
+            images = self.pipeline.pictures(labels, seeds, **setting)
+        else:
+            images = sampling.sample(self.checkpoint, labels, seeds=seeds, **setting)
         return [encode(pixels) for pixels in images[:count].cpu().numpy()]
 
 
@@ -141,12 +150,13 @@ def work() -> None:
 class Peer:
     """A peer's worker as a side."""
 
-    def __init__(self, service: Service, *, batching: bool, compile: bool) -> None:
+    def __init__(self, service: Service, *, library: str, batching: bool, compile: bool) -> None:
         form = "compiled" if compile else "eager"
-        self.name, self.redis, self.record_key = f"{PEERS[batching]}, {form}", service.redis, record_key
-        self.queue = Queue(f"{'batching' if batching else 'single'}-{form}", connection=service.redis)
+        self.kind = f"{PEERS[batching]}, {library}"
+        self.name, self.redis, self.record_key = f"{self.kind}, {form}", service.redis, record_key
+        self.queue = Queue(f"{'batching' if batching else 'single'}-{library.rstrip('()')}-{form}", connection=service.redis)
         self.queue_key, self.batching, self.log = self.queue.key, batching, service.folder / f"{self.queue.name}.log"
-        model = {"checkpoint": str(service.checkpoint), "batching": batching, "compile": compile}
+        model = {"checkpoint": str(service.checkpoint), "library": library, "batching": batching, "compile": compile}
         self.options = {
             "model": {**model, "device": service.model["device"], "dtype": service.model["dtype"]},
             "samplers": service.model["samplers"],
@@ -169,9 +179,9 @@ class Peer:
 
 
 @contextmanager
-def running_peer(service: Service, *, batching: bool, compile: bool) -> Iterator[Peer]:
+def running_peer(service: Service, *, library: str, batching: bool, compile: bool) -> Iterator[Peer]:
     """Its worker in a process of its own."""
-    peer = Peer(service, batching=batching, compile=compile)
+    peer = Peer(service, library=library, batching=batching, compile=compile)
     command = [sys.executable, "-c", "import _peer; _peer.work()", json.dumps(peer.options)]
     here = Path(__file__).resolve().parent  # rq imports the function from where Python starts
     with child(command, service.environment, here, peer.log, peer.ready, signal.SIGTERM):  # it ends its job first

@@ -24,11 +24,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _peer import PEERS, Peer, running_peer
+from _peer import LIBRARIES, PEERS, Peer, running_peer
 from _service import (
     BUNDLED,
     MIXES,
@@ -189,7 +190,7 @@ def add_device_use(results: Sequence[dict[str, Any]], trace: Path) -> None:
 
 def compare(result: dict[str, Any]) -> dict[str, Any]:
     """Our capacity in rows a second over that of the better form of each peer, in either mix; the p95 that stand beside each other."""
-    ratios: dict[str, dict[str, float]] = {kind: {} for kind in PEERS.values()}
+    ratios: dict[str, dict[str, float]] = {f"{kind}, {library}": {} for kind in PEERS.values() for library in LIBRARIES}
     for mix, sides in result["capacity"].items():
         for kind, by_mix in ratios.items():
             best = max(side["rows_per_s"] for name, side in sides.items() if name.startswith(kind))
@@ -204,15 +205,15 @@ def show(result: dict[str, Any], options: argparse.Namespace) -> None:
         print(f"  {mix:<30} pictures/s     rows/s   ours is")
         for name, side in sides.items():
             times = sides["ours"]["rows_per_s"] / side["rows_per_s"]
-            print(f"    {name:<28} {side['pictures_per_s']:10.2f} {side['rows_per_s']:10.1f} {times:8.2f}x")
+            print(f"    {name:<38} {side['pictures_per_s']:10.2f} {side['rows_per_s']:10.1f} {times:8.2f}x")
     print(f"\nopen loop, {options.mix} mix, {options.seconds:g} s; the shares are of our capacity, the load of the side's own")
-    print(f"  {'':<28} share   load  pictures/s   p50 s   p95 s   p99 s    rows   busy")
+    print(f"  {'':<38} share   load  pictures/s   p50 s   p95 s   p99 s    rows   busy")
     for loop in result["open_loop"]:
         latency = " ".join(f"{loop['latency_s'].get(name, float('nan')):7.2f}" for name in ("p50", "p95", "p99"))
         device = f"{loop['rows']:7.1f} {loop['busy_share']:6.1%}" if "rows" in loop else f"{'-':>7} {'-':>6}"
         notes = [f"{loop[name]} {name}" for name in ("unfinished", "refused", "failed") if loop[name]]
         notes = (["overloaded"] if loop["overloaded"] else []) + notes
-        line = f"  {loop['side']:<28} {loop['share_of_ours']:5.0%} {loop['load']:6.2f} {loop['pictures_per_s']:11.2f} {latency} {device}"
+        line = f"  {loop['side']:<38} {loop['share_of_ours']:5.0%} {loop['load']:6.2f} {loop['pictures_per_s']:11.2f} {latency} {device}"
         print(line + f"  {', '.join(notes)}")
 
 
@@ -243,7 +244,10 @@ def main() -> None:
         with ExitStack() as running:
             start = running.enter_context
             service = start(running_service(Path(folder), options.checkpoint, options.device, compile=not options.no_compile))
-            peers = [start(running_peer(service, batching=batching, compile=form)) for batching in PEERS for form in forms]
+            peers = [
+                start(running_peer(service, library=library, batching=batching, compile=form))
+                for library, batching, form in product(LIBRARIES, PEERS, forms)
+            ]
             result = asyncio.run(measure(service, peers, options))
         turns = [turn for mix in result["capacity"].values() for side in mix.values() for turn in side["turns"]]
         add_device_use([*turns, *result["open_loop"]], service.trace)  # the trace is whole once the worker has ended

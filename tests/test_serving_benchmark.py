@@ -9,6 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from model.checkpoint import load
+from model.sampling import sample
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SAMPLERS = ["euler", "sde-dpm-solver++"]
@@ -177,3 +181,18 @@ def test_of_an_idle_request_the_ticks_while_it_was_open_are_the_engines_own_time
 
 def test_without_a_trace_nothing_is_said_of_the_device(service: ModuleType, tmp_path: Path) -> None:
     assert service.device_use(service.read_trace(tmp_path / "none.jsonl"), 0.0, 1.0) == {}
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("euler", 1.0), ("euler", 2.0), ("heun", 2.0)])
+def test_the_peer_that_draws_with_diffusers_draws_our_pictures(serving: ModuleType, sampler: str, guidance: float) -> None:
+    """The same weights and noise; the schedulers' times differ a little, since theirs end at a thousandth."""
+    checkpoint = load(BENCHMARKS.parent / "checkpoints" / "fashion-mnist", torch.device("cpu"))
+    pipeline = importlib.import_module("_pipeline").Pipeline(checkpoint, torch.float32, compile=False)
+    labels, seeds = [1, 9, None], [3, 4, 5]
+    setting: Any = {"steps": 40, "guidance_scale": guidance, "sampler": sampler}
+
+    theirs, ours = pipeline.pictures(labels, seeds, **setting), sample(checkpoint, labels, seeds=seeds, **setting)
+
+    assert theirs.shape == ours.shape
+    assert (theirs.float() - ours.float()).abs().mean() < 4, "of 255 grey levels"
+    assert (ours[0].float() - ours[1].float()).abs().mean() > 40, "they are not all alike"
