@@ -36,6 +36,7 @@ log = logging.getLogger("dit.worker")
 
 MAINTENANCE_EVERY_S = 5
 LATER_S = 1.0  # after which what Redis did not do, and what can wait, is tried again
+DAMAGED_TTL_S = 86_400  # a record of rq that it cannot read, kept for whoever wants to know why
 FAREWELL_S = 5.0  # that Redis gets, after the drain, to take the jobs back
 
 T = TypeVar("T")
@@ -239,14 +240,19 @@ class WorkerProcess(BaseWorker):
             try:
                 return Job.fetch(job_id, connection=self.connection, serializer=JSONSerializer), queue
             except NoSuchJobError:
-                self._forget(job_id, queue)
+                self._forget(job_id, queue, "it was deleted from the queue")
+            except (RedisError, StopRequested):
+                raise
+            except Exception as error:  # noqa: BLE001  # a damaged field makes rq raise anything, for every worker alike
+                self._forget(job_id, queue, f"rq's record of it cannot be read: {type(error).__name__}: {error}")
+                self.connection.expire(Job.key_for(job_id), DAMAGED_TTL_S)
         return None
 
-    def _forget(self, job_id: str, queue: Queue) -> None:
-        """Somebody deleted the job in rq; ours ends too."""
-        self.connection.lrem(queue.intermediate_queue_key, 0, job_id)
+    def _forget(self, job_id: str, queue: Queue, message: str) -> None:
+        """rq cannot give the job any more; ours ends too, and leaves the list from which a dead worker's jobs are taken last."""
         self.results.start(job_id, self.name)
-        self.results.fail(job_id, self.name, "it was deleted from the queue")
+        self.results.fail(job_id, self.name, message)
+        self.connection.lrem(queue.intermediate_queue_key, 0, job_id)
 
     def _listen(self) -> None:
         """Wait for a bell; a signal may end this at any moment."""

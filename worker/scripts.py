@@ -95,7 +95,10 @@ redis.call('HSET', KEYS[1], 'execution', ARGV[2])
 redis.call('ZADD', wip, 'XX', now + {LEASE_S}, ARGV[1] .. ':' .. ARGV[2])
 if status == 'canceling' then return 'cancel' end
 local first = status ~= 'running' or owner ~= ARGV[2]
-if first then attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1) end
+if first then
+  attempts = math.floor(tonumber(attempts) or 0) + 1 -- of a damaged record too, which HINCRBY would refuse
+  redis.call('HSET', KEYS[1], 'attempts', attempts)
+end
 if tonumber(attempts) > {MAX_ATTEMPTS} then return 'exhausted' end
 redis.call('HSET', KEYS[1], 'status', 'running', 'step', '0')
 redis.call('HSETNX', KEYS[1], 'started_at', ARGV[3])

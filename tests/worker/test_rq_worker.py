@@ -555,6 +555,29 @@ def test_a_job_that_is_in_the_queue_twice_runs_once(
     assert_clean(jobs, worker)
 
 
+@pytest.mark.parametrize("damage", [{"created_at": "soon"}, {"timeout": "long"}, {"data": b"\xff\xfe"}])
+def test_a_job_whose_record_rq_cannot_read_fails_and_ends_no_worker(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest, damage: dict[str, Any]
+) -> None:
+    job, neighbour = jobs.submit(make_request()), jobs.submit(make_request())
+    redis.hset(f"rq:job:{job}", mapping=damage)
+    work(worker)
+    assert (jobs.status(job), jobs.status(neighbour)) == ("failed", "succeeded")
+    assert jobs.record(job)["error"]
+    assert redis.llen(jobs.intermediate) == 0
+    assert redis.ttl(f"rq:job:{job}") > 0
+
+
+def test_a_number_of_attempts_that_is_none_counts_as_no_attempt(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest
+) -> None:
+    job = jobs.submit(make_request())
+    redis.hset(f"dit:job:{job}", "attempts", "many")
+    work(worker)
+    assert (jobs.status(job), jobs.record(job)["attempts"]) == ("succeeded", "1")
+    assert_clean(jobs, worker)
+
+
 def test_a_job_that_was_deleted_in_rq_ends_here_too(redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest) -> None:
     job, neighbour = jobs.submit(make_request()), jobs.submit(make_request())
     redis.delete(f"rq:job:{job}")
