@@ -1,11 +1,13 @@
 """Linear layers with their weights in oneDNN's layout: the same bits, compiled or not."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from model.layers import Mlp
 from worker import packed
 from worker.packed import PackedLinear, pack_linears
 
@@ -27,6 +29,23 @@ def test_it_has_the_bits_of_the_linear_layer_it_was(shape: tuple[int, ...], ins:
     x = torch.randn(*shape, ins, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.inference_mode():
         assert torch.equal(PackedLinear(layer, tokens=64)(x), layer(x))
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 2, 7, 32])
+def test_an_mlp_takes_its_gelu_before_rounding_and_a_row_has_the_same_bits_whatever_is_beside_it(rows: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mlp = Mlp(64, 4).bfloat16().requires_grad_(False)
+    x = torch.randn(32, 16, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    module = nn.ModuleDict({"mlp": mlp})
+    with torch.inference_mode():
+        plain, exact = mlp(x), copy.deepcopy(mlp).float()(x.float())
+        pack_linears(module, tokens=512)
+        given = module["mlp"](x)
+        assert [type(part) for part in module["mlp"]] == [PackedLinear, PackedLinear]
+        assert (given.float() - exact).norm() < (plain.float() - exact).norm()
+        assert torch.equal(module["mlp"](x[:rows]), given[:rows])
 
 
 @needs_onednn
