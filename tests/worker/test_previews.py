@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,19 @@ from worker.runner import Runner
 MakeRequest = Callable[..., GenerationRequest]
 
 
+class AtOnce(ThreadPoolExecutor):
+    """Encodes before it answers: a preview that a busy thread makes only after the picture itself is told to nobody."""
+
+    def submit(self, work: Any, /, *arguments: Any, **options: Any) -> Any:
+        task = super().submit(work, *arguments, **options)
+        wait([task])
+        return task
+
+
 def shown(runner: Runner, **jobs: GenerationRequest) -> tuple[Engine, list[tuple[int, Any]]]:
     """Jobs that are to be shown, run to their end."""
     engine = Engine(OneModel(runner, record_of(runner)))
+    engine._encoder = AtOnce(1)
     for name, request in jobs.items():
         engine.add(name, request, runner.checkpoint.hash, previews=True)
     return engine, drain(engine)
