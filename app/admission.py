@@ -20,14 +20,15 @@ from worker.protocol import GenerationRequest
 _RQ_RETRIES = 1_000_000  # never the limit: our own counts attempts, and rq's, which `rq info` applies too, would end jobs behind our back
 _PICTURE_EXTRA_BYTES = 4096  # what a PNG has besides its pixels: the request inside it, headers
 
-# KEYS the model's queue. ARGV job id, owner, bytes reserved, jobs that may wait, jobs that the owner may have in flight ('' for any), bytes
-# that may be reserved in all, seconds that results live, key of the Idempotency-Key ('' for none), fingerprint of the body, then the
-# commands that make the job: for each the number of its words, and they.
-# → {'queued', jobs before it}, {'same', job id}, {'another body'}, {'queue', waiting}, {'in flight', count}, {'bytes', used, seconds until
-# some may be free}. A refusal writes nothing of the job.
+# KEYS the model's queue, its gate. ARGV job id, owner, bytes reserved, jobs that may wait, jobs that the owner may have in flight ('' for
+# any number), bytes that may be reserved in all, seconds that results live, key of the Idempotency-Key ('' for none), fingerprint of the
+# body, then the commands that make the job: for each the number of its words, and they.
+# → {'queued', jobs before it}, {'same', job id}, {'another body'}, {'draining'}, {'queue', waiting}, {'in flight', count}, {'bytes', used,
+# seconds until some may be free}. A refusal writes nothing of the job.
 SUBMIT = (
     "#!lua\n"
     + protocol.FORGET
+    + f"local DRAINING = '{protocol.DRAINING}'"
     + """
 local id, owner, bytes, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(redis.call('TIME')[1])
 local idempotency = ARGV[8]
@@ -38,6 +39,7 @@ if idempotency ~= '' then
     return {'another body'}
   end
 end
+if redis.call('GET', KEYS[2]) == DRAINING then return {'draining'} end
 forget(now, 100)
 local waiting = redis.call('LLEN', KEYS[1])
 if waiting >= tonumber(ARGV[4]) then return {'queue', waiting} end
@@ -124,7 +126,7 @@ class Admission:
         limits = [self.limits.queue, "" if job.in_flight is None else job.in_flight, self.limits.image_bytes, job.result_ttl_s]
         arguments = [job.job_id, job.owner, job.image_bytes, *limits, job.idempotency, job.fingerprint, len(commands), *words]
         try:
-            verdict, *told = self._submit([queue.key], arguments)
+            verdict, *told = self._submit([queue.key, protocol.gate_key(job.request.model)], arguments)
         except ResponseError as error:
             if problem := refusal(error):
                 raise problem from error
@@ -138,6 +140,11 @@ class Admission:
             return str(told[0].decode())
         if verdict == "another body":
             raise other_body()
+        if verdict == "draining":
+            detail = (
+                f"the queue of model {job.request.model} is being drained: what waits is worked off, and nothing more is accepted for now"
+            )
+            raise Problem(503, detail, kind="draining", retry_after_s=60)
         if verdict == "queue":
             detail = f"{told[0]} jobs wait already, and {self.limits.queue} may; try again later"
             raise Problem(429, detail, kind="queue-full", retry_after_s=10)

@@ -23,11 +23,15 @@ app.add_typer(models, name="models")
 jobs = typer.Typer(help="Jobs that were given up.", no_args_is_help=True)
 app.add_typer(jobs, name="jobs")
 
+queues = typer.Typer()
+app.add_typer(queues, name="queues")
+
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of IDX files, or of one sub-folder of images per class.")]
 CONFIGURATION_ERROR = 78  # see app.local: the supervisor does not start such a child again
 
 JsonOption = Annotated[bool, typer.Option("--json", help="A list of objects.")]
 ModelArgument = Annotated[str, typer.Argument(help="A model of the registry.")]
+ServedArgument = Annotated[str, typer.Argument(help="A model that is served, or was.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Also where Redis cannot tell which versions are needed.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")]
 
@@ -431,6 +435,66 @@ def requeue_command(
         raise typer.Exit(1)
 
 
+@queues.callback(invoke_without_command=True)
+def queues_command(context: typer.Context, as_json: JsonOption = False) -> None:
+    """What waits and runs of each model, and whether it is held up; without a command, lists it."""
+    import json
+    from dataclasses import asdict
+
+    from redis.exceptions import RedisError
+
+    from app.queues import look
+
+    if context.invoked_subcommand is not None:
+        if as_json:
+            fail(f"--json does not go before {context.invoked_subcommand}")
+        return
+    try:
+        with _redis() as redis:
+            rows = [{**asdict(queue), "oldest_s": round(queue.oldest_s, 1)} for queue in look(redis)]
+    except (RedisError, OSError) as error:
+        fail(f"Redis does not answer: {error}")
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif rows:
+        _print_table(rows)
+    else:
+        typer.echo("no model was ever served")
+
+
+@queues.command("pause")
+def pause_command(model: ServedArgument) -> None:
+    """Workers take no more jobs of it; what runs goes on, and jobs are accepted."""
+    _set_queue(model, "paused")
+
+
+@queues.command("drain")
+def drain_command(model: ServedArgument) -> None:
+    """No more jobs of it are accepted; those that wait are worked off."""
+    _set_queue(model, "draining")
+
+
+@queues.command("resume")
+def resume_command(model: ServedArgument) -> None:
+    """As if it had never been paused or drained."""
+    _set_queue(model, "open")
+
+
+def _set_queue(model: str, state: str) -> None:
+    from redis.exceptions import RedisError
+
+    from app.queues import set_state
+
+    try:
+        with _redis() as redis:
+            set_state(redis, model, state)
+    except ValueError as error:
+        fail(str(error))
+    except (RedisError, OSError) as error:
+        fail(f"Redis does not answer: {error}")
+    typer.echo(f"the queue of {model} is {state}")
+
+
 def _redis() -> "Redis":
     from app.usage import open_redis
 
@@ -485,27 +549,29 @@ def api_command() -> None:
     import uvicorn
 
     from app.local import end_with_supervisor
+    from app.logs import log_to_stderr
     from app.main import create_app
 
     settings = _settings()
-    _log_to_stderr()
+    log_to_stderr(settings.log_format)
     end_with_supervisor()
     try:
         application = create_app(settings)
     except ValueError as error:
         fail(str(error), CONFIGURATION_ERROR)
-    uvicorn.run(application, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=3)
+    uvicorn.run(application, host=settings.host, port=settings.port, log_config=None, log_level="warning", timeout_graceful_shutdown=3)
 
 
 @app.command("worker")
 def worker_command() -> None:
     """Run one worker over the Redis of DIT_REDIS_URL."""
     from app.local import end_with_supervisor
+    from app.logs import log_to_stderr
 
     settings = _settings()
     if settings.redis_url is None:
         fail("DIT_REDIS_URL must be set for a worker alone (`dit up` brings a server of its own)", CONFIGURATION_ERROR)
-    _log_to_stderr()
+    log_to_stderr(settings.log_format)
     end_with_supervisor()
     # Before torch is imported, which reads it once: compiled graphs outlive the process, so that a second start is quick.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data.resolve() / "compiled"))
@@ -537,12 +603,6 @@ def _settings() -> "Settings":
         return load_settings()
     except ValueError as error:
         fail(str(error), CONFIGURATION_ERROR)
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
 
 
 def main() -> None:

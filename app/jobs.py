@@ -17,6 +17,7 @@ from rq import Queue
 from rq.job import Job
 
 from app.admission import Admission, Limits, Submission, other_body
+from app.logs import REQUEST_ID
 from app.problems import Problem
 from app.views import job_view, work
 from worker import protocol
@@ -112,7 +113,9 @@ class JobStore:
         job = self.submission(
             new_id(), request, checkpoint, image_bytes=image_bytes, previews=previews, owner=owner, in_flight=in_flight, key=key
         )
-        return await asyncio.to_thread(self.admission.submit, job)
+        job_id = await asyncio.to_thread(self.admission.submit, job)
+        log.info("job %s %s", job_id, "waits" if job_id == job.job_id else "was submitted before", extra={"job_id": job_id})
+        return job_id
 
     def submission(
         self,
@@ -139,6 +142,8 @@ class JobStore:
             "work": work(request),
             "created_at": time.time(),
         }
+        if request_id := REQUEST_ID.get():
+            record["request_id"] = request_id
         return Submission(
             job_id,
             request,

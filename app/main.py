@@ -13,8 +13,10 @@ from starlette.staticfiles import StaticFiles
 
 from app import problems
 from app.jobs import CONNECTION, JobStore
-from app.routes import generate, jobs, models, system
+from app.metrics import Metrics
+from app.routes import generate, jobs, models, queues, system
 from app.schemas import ProblemView
+from app.seen import Seen
 from app.settings import Settings
 
 MAX_BODY_BYTES = 64 * 1024
@@ -50,12 +52,20 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     app.middleware("http")(limit_body)
-    for module in (generate, jobs, models, system):
+    for module in (generate, jobs, models, queues, system):
         app.include_router(module.router)
     app.mount("/static/swagger", StaticFiles(directory=swagger_folder()), name="swagger")
     app.mount("/static", StaticFiles(directory=system.STATIC), name="static")
     _describe_problems(app)
+    _watch(app, Metrics(settings.queue_limit, settings.image_bytes))
     return app
+
+
+def _watch(app: FastAPI, metrics: Metrics) -> None:
+    """Around the middleware that answers 500, which Starlette keeps outside of all that is added."""
+    app.state.metrics = metrics
+    build = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Seen(build(), metrics)  # type: ignore[method-assign]
 
 
 def swagger_folder() -> Path:
@@ -65,7 +75,8 @@ def swagger_folder() -> Path:
 
 async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
     """413 for a body that says it is too large, or that does not say how large it is."""
-    if request.method in ("POST", "PUT", "PATCH"):
+    has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
+    if has_body and request.method in ("POST", "PUT", "PATCH"):
         length = request.headers.get("content-length", "")
         if not re.fullmatch(r"[0-9]{1,10}", length) or int(length) > MAX_BODY_BYTES:
             detail = f"a body needs a Content-Length of at most {MAX_BODY_BYTES} bytes, got {length[:20]!a}"

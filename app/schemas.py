@@ -124,6 +124,24 @@ class ModelView(BaseModel):
     rows_per_s: float = Field(description="Rows that a worker does a second with full forwards, as measured at its start; 0 likewise.")
 
 
+class QueueView(BaseModel):
+    """One entry of `GET /queues`."""
+
+    model: str
+    state: Literal["open", "paused", "draining", "suspended"] = Field(
+        description="paused: workers take no job of it; draining: no job is accepted; suspended: by `rq suspend`."
+    )
+    waiting: int
+    running: int
+    workers: int = Field(description="Workers of it that were heard of within 15 s.")
+    served: bool = Field(description="Whether a worker tells of the model; else no job is accepted.")
+    oldest_s: float = Field(description="Age of the next job to run; 0 if none waits.")
+
+
+class QueueList(BaseModel):
+    queues: list[QueueView]
+
+
 class ModelList(BaseModel):
     models: list[ModelView]
 

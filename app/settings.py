@@ -1,6 +1,7 @@
 """The environment (DIT_*, or a file .env) → Settings. `dit up` needs none of it."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -30,6 +31,7 @@ class Settings(BaseSettings):
     image_bytes: int = Field(default=1 << 30, ge=1)  # that the pictures of all jobs may take
     drain_seconds: float = Field(default=10, ge=0, allow_inf_nan=False)  # that running jobs get after SIGTERM; the rest is given back
     hang_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # that a step may take; unset: by how long steps take
+    log_format: Literal["text", "json"] = "text"
     data: Path = Path(".dit")  # state of the embedded server, compile cache, logs
     image_store: str = "redis"
     api_keys_file: Path | None = None

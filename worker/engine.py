@@ -11,11 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from worker import counts
 from worker.device import is_out_of_memory
 from worker.images import encode_png, encode_preview
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.runner import Decoding, Runner
 from worker.scheduler import Job, Picture, Scheduler
+from worker.stats import Stats
 
 log = logging.getLogger("dit.engine")
 
@@ -53,6 +55,7 @@ class JobDone:
 class JobFailed:
     job_id: str
     message: str
+    kind: str  # of counts.FAILURES
 
 
 Event = ImageReady | Preview | JobDone | JobFailed
@@ -77,11 +80,12 @@ class Models(Protocol):
 class Lane:
     """One resident checkpoint and its jobs."""
 
+    model: str  # that it is counted for: of several with the same weights, the first that had a job
     checkpoint: str
     runner: Runner
     scheduler: Scheduler
     last_turn: float = 0.0
-    decoding: list[tuple[list[tuple[Picture, int]], Decoding]] = field(default_factory=list)
+    decoding: list[tuple[list[tuple[Picture, int]], Decoding, float]] = field(default_factory=list)  # since when, monotonic
     previewing: list[tuple[list[tuple[str, int, float]], Decoding]] = field(default_factory=list)  # job, picture, share
 
 
@@ -93,6 +97,7 @@ class Entry:
     checkpoint: str
     alone: bool
     previews: bool = False
+    request_id: str = ""
     lane: Lane | None = None  # None while its checkpoint is being loaded
     delivered: int = 0
 
@@ -106,6 +111,7 @@ class Engine:
         self.jobs: dict[str, Entry] = {}
         self.slowest_tick_s = 0.0  # of the runners used so far, as they measured when they warmed up
         self.ticking_since: float | None = None  # monotonic seconds at which the tick in progress began, for a watchdog
+        self.stats = Stats()
         self._trace = trace
         self._encoder = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="png")
         self._encoding: list[tuple[Picture, Future[tuple[bytes, str]]]] = []
@@ -124,11 +130,23 @@ class Engine:
             return False  # its checkpoint is being loaded: enough to know what it is needed for
         return all(lane.scheduler.wants_jobs for lane in {entry.lane for entry in here if entry.lane})
 
-    def add(self, job_id: str, request: GenerationRequest, checkpoint: str, *, alone: bool = False, previews: bool = False) -> None:
-        """Take a job in; ValueError if its model cannot do it. `alone`: nothing else may run beside it, which the caller sees to."""
+    def add(
+        self,
+        job_id: str,
+        request: GenerationRequest,
+        checkpoint: str,
+        *,
+        alone: bool = False,
+        previews: bool = False,
+        request_id: str = "",
+    ) -> None:
+        """Take a job in; ValueError if its model cannot do it. `alone`: nothing else may run beside it, which the caller sees to.
+
+        `request_id` is for the log.
+        """
         assert job_id not in self.jobs and not (alone and self.jobs)
         runner = self.models.runner(request.model, checkpoint)
-        entry = Entry(request, checkpoint, alone, previews)
+        entry = Entry(request, checkpoint, alone, previews, request_id)
         if runner is not None:
             self._enter(job_id, entry, runner)
         self.jobs[job_id] = entry
@@ -139,7 +157,8 @@ class Engine:
         self.slowest_tick_s = max(self.slowest_tick_s, runner.slowest_tick_s)
         lane = self.lanes.get(entry.checkpoint)
         if lane is None:
-            lane = self.lanes[entry.checkpoint] = Lane(entry.checkpoint, runner, Scheduler(runner.max_rows, runner.slots))
+            scheduler = Scheduler(runner.max_rows, runner.slots)
+            lane = self.lanes[entry.checkpoint] = Lane(request.model, entry.checkpoint, runner, scheduler)
         lane.scheduler.add(Job(job_id, request.class_labels, request.seed, request.guidance_scale, plan.guided, plan))
         entry.lane = lane
 
@@ -157,6 +176,11 @@ class Engine:
             return 1.0
         return entry.lane.scheduler.jobs[job_id].progress if entry.lane and job_id in entry.lane.scheduler.jobs else 0.0
 
+    def _about(self, job_id: str) -> dict[str, str]:
+        """What a line of the log about a job carries."""
+        entry = self.jobs.get(job_id)
+        return {"job_id": job_id, "request_id": entry.request_id if entry else ""}
+
     def tick(self) -> list[Event]:
         """One forward for the pictures of one lane. A picture that throws or leaves the finite numbers fails its own job only."""
         self.ticking_since = began = time.monotonic()
@@ -169,6 +193,7 @@ class Engine:
                 lane = min(waiting, key=lambda lane: lane.last_turn)
                 lane.last_turn = began
                 events += self._turn(lane, turn)
+                self.stats.observe(lane.model, "tick_s", time.monotonic() - began)
             elif self.jobs and not coming:
                 time.sleep(_IDLE_S)
             events += self._collect(wait=not waiting)
@@ -197,7 +222,7 @@ class Engine:
                         self._enter(job_id, entry, runner)
                 except ValueError as error:
                     failed[job_id] = str(error)
-        return self._fail(failed)
+        return self._fail(failed, counts.REFUSED)
 
     def _turn(self, lane: Lane, trace: dict[str, Any]) -> list[Event]:
         """Step what the scheduler deals, then start one decoder batch: where decoding takes seconds, others step in between."""
@@ -207,12 +232,13 @@ class Engine:
             steps = [(p.job.id, p.index, p.evaluation) for p in dealt]
             trace |= {"checkpoint": lane.checkpoint, "rows": rows, "bucket": lane.runner.bucket(rows) if rows else 0}
             trace |= {"pictures": len(dealt), "jobs": jobs, "steps": steps}
-        events = self._fail(self._step(lane, dealt))
+        events = self._fail(self._step(lane, dealt), counts.STEP)
         self._look_at(lane, dealt)
-        events += self._fail(self._retry(lane, lane.runner.lost()))
+        events += self._fail(self._retry(lane, lane.runner.lost()), counts.NOT_FINITE)
         finished = lane.scheduler.done()[: lane.runner.decode_buckets[-1]]
         if finished:
-            events += self._fail(self._guarded(lane, finished, self._decode, lane.runner.decoder.halve, "decoder"))
+            failed = self._guarded(lane, finished, self._decode, lane.runner.decoder.halve, "decoder")
+            events += self._fail(failed, counts.DECODER)
         if self._trace:
             trace["decoded"] = len(finished)
         return events
@@ -250,6 +276,7 @@ class Engine:
             return {}
         except Exception as error:
             if is_out_of_memory(error):
+                self.stats.count(lane.model, "out_of_memory")
                 if halve():
                     log.warning("out of memory in a %s of %d pictures; from now on it takes half of them", what, len(group))
                     return {}
@@ -266,18 +293,22 @@ class Engine:
             except Exception as error:
                 if not lane.runner.healthy():
                     raise
-                log.exception("job %s failed in a %s", picture.job.id, what)
+                log.exception("job %s failed in a %s", picture.job.id, what, extra=self._about(picture.job.id))
                 failed[picture.job.id] = f"the {what} failed: {error}"
         return failed
 
     def _advance(self, lane: Lane, group: list[Picture]) -> None:
+        rows = sum(picture.rows for picture in group)
         lane.runner.start([picture for picture in group if picture.evaluation == 0])
         lane.runner.step(group)
+        self.stats.observe(lane.model, "rows", rows)
+        self.stats.count(lane.model, "bucket_rows", lane.runner.bucket(rows))
         for picture in group:
             picture.evaluation += 1
 
     def _decode(self, lane: Lane, finished: list[Picture]) -> None:
-        lane.decoding.append(([(picture, picture.attempt) for picture in finished], lane.runner.decode(finished)))
+        began = time.monotonic()
+        lane.decoding.append(([(picture, picture.attempt) for picture in finished], lane.runner.decode(finished), began))
         for picture in finished:
             lane.scheduler.retire(picture)
 
@@ -290,26 +321,29 @@ class Engine:
         for picture, attempt in lost:
             if lane.scheduler.jobs.get(picture.job.id) is not picture.job or attempt != picture.attempt:
                 continue
+            self.stats.count(lane.model, "not_finite")
             if picture.attempt:
                 failed[picture.job.id] = f"picture {picture.index} left the finite numbers, also alone"
                 continue
-            log.warning("job %s: picture %d left the finite numbers; it is tried again alone", picture.job.id, picture.index)
+            about = self._about(picture.job.id)
+            log.warning("job %s: picture %d left the finite numbers; it is tried again alone", picture.job.id, picture.index, extra=about)
             picture.attempt += 1
             lane.scheduler.restart(picture)
         return failed
 
-    def _fail(self, failed: dict[str, str]) -> list[Event]:
+    def _fail(self, failed: dict[str, str], kind: str) -> list[Event]:
         for job_id in failed:
             self.remove(job_id)
-        return [JobFailed(job_id, message) for job_id, message in failed.items()]
+        return [JobFailed(job_id, message, kind) for job_id, message in failed.items()]
 
     def _collect(self, wait: bool) -> list[Event]:
         """What the decoder and the encoders have finished; waits for them only when nothing else is left to do, or too much piles up."""
         events: list[Event] = []
         for lane in self.lanes.values():
             while lane.decoding and (wait or lane.decoding[0][1].ready()):
-                pictures, decoding = lane.decoding.pop(0)
+                pictures, decoding, began = lane.decoding.pop(0)
                 events += self._encode(lane, pictures, decoding)
+                self.stats.observe(lane.model, "decode_s", time.monotonic() - began)
         events += self._previewed()
         waiting, too_many = [], len(self._encoding) - MOST_ENCODING
         for place, (picture, task) in enumerate(self._encoding):
@@ -343,7 +377,7 @@ class Engine:
                 request = self.jobs[picture.job.id].request
                 task = self._encoder.submit(encode_png, pixels, request, picture.index, lane.checkpoint)
                 self._encoding.append((picture, task))
-        return self._fail(self._retry(lane, lost))
+        return self._fail(self._retry(lane, lost), counts.NOT_FINITE)
 
     def _deliver(self, picture: Picture, task: "Future[tuple[bytes, str]]") -> list[Event]:
         job_id = picture.job.id
@@ -352,8 +386,8 @@ class Engine:
         try:
             png, digest = task.result()
         except Exception as error:
-            log.exception("job %s: a picture could not be encoded", job_id)
-            return self._fail({job_id: f"picture {picture.index} could not be encoded: {error}"})
+            log.exception("job %s: a picture could not be encoded", job_id, extra=self._about(job_id))
+            return self._fail({job_id: f"picture {picture.index} could not be encoded: {error}"}, counts.ENCODER)
         events: list[Event] = [ImageReady(job_id, picture.index, picture.seed, png, digest)]
         entry = self.jobs[job_id]
         entry.delivered += 1

@@ -30,7 +30,9 @@ class Intake:
             return None
         queues = [f"{Queue.redis_queue_namespace_prefix}{protocol.queue_name(model)}" for model in order]
         keys = [
-            key for model, queue in zip(order, queues, strict=True) for key in (queue, f"{queue}:intermediate", protocol.bell_key(model))
+            key
+            for model, queue in zip(order, queues, strict=True)
+            for key in (queue, f"{queue}:intermediate", protocol.bell_key(model), protocol.gate_key(model))
         ]
         answer = self._take([WORKERS_SUSPENDED, *keys], ["idle" if idle else "busy", self._worker])
         verdict = answer[0] if answer else b""

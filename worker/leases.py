@@ -12,10 +12,8 @@ from rq.worker import BaseWorker
 
 from worker import protocol, scripts
 from worker.patience import impatient_client
-from worker.protocol import ModelRecord
+from worker.protocol import WORKER_TTL_S, ModelRecord
 from worker.results import Order
-
-WORKER_TTL_S = 30  # that rq knows a worker after its last heartbeat
 
 
 @dataclass(eq=False)
@@ -31,6 +29,7 @@ class Lease:
     def __post_init__(self) -> None:
         executions = ExecutionRegistry(job_id=self.job.id, connection=self.job.connection)
         self.keys = (self.job.started_job_registry.key, self.execution.key, executions.key, self.job.key)
+        self.about = {"job_id": self.job.id, "request_id": self.order.request_id}  # for the log
 
 
 class Promises:

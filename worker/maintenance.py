@@ -39,7 +39,7 @@ class Maintenance:
         told = self._reap([], [model, TRIED_TOO_OFTEN, json.dumps({"retry": True}), json.dumps(done)])
         for verdict, job_id in zip(told[::2], told[1::2], strict=True):
             what = "it waits again" if verdict == b"again" else "it is given up, after the last attempt"
-            log.warning("job %s lost its worker; %s", job_id.decode(), what)
+            log.warning("job %s lost its worker; %s", job_id.decode(), what, extra={"job_id": job_id.decode()})
 
     def _requeue_stuck(self, model: str, queue: Queue) -> None:
         waiting = {i.decode() for i in self._connection.lrange(queue.intermediate_queue_key, 0, -1)}
@@ -48,4 +48,4 @@ class Maintenance:
         self._popped[model] = {job_id: before.get(job_id, now) for job_id in waiting - leased}
         for job_id, since in self._popped[model].items():
             if now - since > STUCK_AFTER_S and self._unstick([], [model, job_id]):
-                log.warning("job %s was popped by a worker that died; it waits again", job_id)
+                log.warning("job %s was popped by a worker that died; it waits again", job_id, extra={"job_id": job_id})

@@ -22,6 +22,10 @@
 | `dit:bytes`                      | API         | sum of the bytes in `dit:books`: the most that the     | with their jobs      |
 |                                  |             | pictures of all jobs may take                          |                      |
 | `dit:idempotency:<owner>:<hash>` | API         | hash {body, job} of an Idempotency-Key                 | TTL                  |
+| `dit:gate:<model>`               | API, CLI    | PAUSED or DRAINING; none where the queue is open       | until it is resumed  |
+| `dit:stats:<model>`              | API, worker | hash of counts since ever, see worker/counts.py        | STATS_TTL_S, renewed |
+| `dit:sent:<worker>`              | worker      | number of the last counts it sent, which a second      | SENT_TTL_S, renewed  |
+|                                  |             | sending does not count again                           |                      |
 
 TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, so that each is one step: CANCEL is
 below, a submission is in app/admission.py, the worker's own are in worker/scripts.py.
@@ -31,19 +35,24 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from worker.counts import COUNT
+
 VERSION = 2  # of the job payload; a worker takes this version and the one before
 OPERATION = "dit.generate"  # the only thing an rq job of ours may ask for; it is compared, never imported
 MAX_ATTEMPTS = 5
 ALONE_FROM = 3  # the attempt from which a job runs alone, so that one that kills its worker takes no neighbours along
 MODEL_TTL_S = 20
+WORKER_TTL_S = 30  # that rq knows a worker after its last heartbeat
 LEASE_S = 15  # a worker that renews nothing for this long has lost its jobs
 CLAIM_S = 5
 EVENTS_KEPT = 2000  # events of one job, about
 BELL_RINGS = 64  # that a bell keeps: as many idle workers wake at once
 BELL_TTL_S = 60
+SENT_TTL_S = 60
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELING, CANCELED = "queued", "running", "succeeded", "failed", "canceling", "canceled"
 FINAL = (SUCCEEDED, FAILED, CANCELED)
+OPEN, PAUSED, DRAINING = "open", "paused", "draining"  # a queue; paused: workers take nothing; draining: no job is accepted
 ALL_CHANNELS, FIRST_THREE_CHANNELS = "all", "first-three"  # of a latent that guidance moves; the official code moves three
 MAX_SHIFT = 100.0
 MAX_BLOCK_CACHE = 8
@@ -58,6 +67,7 @@ JOB_FIELDS = {
     "checkpoint": "hash of the checkpoint it was resolved against",
     "result_ttl_s": "seconds that record, events and images live after the end",
     "owner": "name of the API key that submitted it; empty where there are none",
+    "request_id": "X-Request-Id of the HTTP request that submitted it",
     "previews": "1 if it shall be shown while it is made",
     "work": "row evaluations that it takes, about",
     "execution": "id of the execution that may write; results of any other are dropped",
@@ -101,6 +111,14 @@ def model_key(model: str) -> str:
 
 def bell_key(model: str) -> str:
     return f"dit:bell:{model}"
+
+
+def gate_key(model: str) -> str:
+    return f"dit:gate:{model}"
+
+
+def sent_key(worker: str) -> str:
+    return f"dit:sent:{worker}"
 
 
 def owned_jobs_key(owner: str) -> str:
@@ -227,8 +245,9 @@ end
 CANCEL = (
     "#!lua flags=allow-oom\n"
     + LIFETIME
+    + COUNT
     + """
-local status = redis.call('HGET', KEYS[1], 'status')
+local status, model = unpack(redis.call('HMGET', KEYS[1], 'status', 'model'))
 if status == 'queued' then
   local ttl = lifetime(redis.call('HGET', KEYS[1], 'result_ttl_s'))
   redis.call('HSET', KEYS[1], 'status', 'canceled', 'finished_at', ARGV[2])
@@ -236,6 +255,7 @@ if status == 'queued' then
   redis.call('EXPIRE', KEYS[1], ttl)
   redis.call('EXPIRE', KEYS[2], ttl)
   if redis.call('LREM', KEYS[3], 1, ARGV[1]) == 1 then redis.call('DEL', KEYS[4]) end
+  count(model, 'ended|canceled|')
 elseif status == 'running' then
   redis.call('HSET', KEYS[1], 'status', 'canceling')
 end

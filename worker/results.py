@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from redis import Redis
 
-from worker import protocol, scripts
+from worker import counts, protocol, scripts
 from worker.protocol import CANCELED, FAILED, SUCCEEDED, GenerationRequest
 
 _ANSWERS = ("lost", "run", "cancel")  # of scripts.PROGRESS
@@ -16,7 +16,7 @@ News = tuple[str, str, str, dict[str, Any], int | None]  # job id, execution, ev
 End = tuple[str, str, list[dict[str, Any]]]  # job id, execution, pictures
 
 
-_RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s", "previews")
+_RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s", "previews", "request_id")
 Record = Sequence[bytes | None]
 
 
@@ -28,18 +28,29 @@ class Order:
     checkpoint: str  # that it is pinned to
     result_ttl_s: int
     previews: bool = False
+    request_id: str = ""  # of the HTTP request that submitted it
 
     @classmethod
     def parse(cls, record: Record) -> Self:
         """ValueError if that is not of our kind."""
-        version, text, pinned, ttl_s, previews = record
+        version, text, pinned, ttl_s, previews, request_id = record
         if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
             raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
         if text is None or pinned is None or ttl_s is None:
             raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
         if not 1 <= int(ttl_s) <= protocol.MAX_RESULT_TTL_S:
             raise ValueError(f"the job's results cannot live for {int(ttl_s)} s")
-        return cls(GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s), previews == b"1")
+        request = GenerationRequest.parse(text.decode())
+        return cls(request, pinned.decode(), int(ttl_s), previews == b"1", _text(request_id))
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode(errors="replace")
+
+
+def about(job_id: str, record: Record) -> dict[str, str]:
+    """What a line of the log about a job carries."""
+    return {"job_id": job_id, "request_id": _text(record[-1])}
 
 
 class JobResults:
@@ -92,19 +103,27 @@ class JobResults:
     def succeed(self, job_id: str, execution: str, images: list[dict[str, Any]]) -> bool:
         return self._end(self.connection, job_id, execution, SUCCEEDED, images) == 1
 
-    def fail(self, job_id: str, execution: str, message: str, *, dead: bool = False) -> bool:
-        """`dead`: every attempt ended with its worker, so the job goes on the list of such."""
-        return self._end(self.connection, job_id, execution, FAILED, [], message, dead) == 1
+    def fail(self, job_id: str, execution: str, message: str, *, kind: str = counts.REFUSED, dead: bool = False) -> bool:
+        """`kind` is one of counts.FAILURES. `dead`: every attempt ended with its worker, so the job goes on the list of such."""
+        return self._end(self.connection, job_id, execution, FAILED, [], message, kind, dead) == 1
 
     def cancel(self, job_id: str, execution: str) -> bool:
         return self._end(self.connection, job_id, execution, CANCELED, []) == 1
 
     def _end(
-        self, client: Any, job_id: str, execution: str, status: str, images: list[dict[str, Any]], error: str = "", dead: bool = False
+        self,
+        client: Any,
+        job_id: str,
+        execution: str,
+        status: str,
+        images: list[dict[str, Any]],
+        error: str = "",
+        kind: str = "",
+        dead: bool = False,
     ) -> Any:
         """0: another execution owns the job."""
         done = json.dumps({"status": status, **({"error": error} if error else {})})
-        arguments: list[Any] = [job_id, execution, status, time.time(), json.dumps(images), error, done, "dead" if dead else ""]
+        arguments: list[Any] = [job_id, execution, status, time.time(), json.dumps(images), error, done, "dead" if dead else "", kind]
         return client.eval(scripts.FINISH, 2, *self._keys(job_id), *arguments)
 
     def give_back(self, job_id: str, execution: str) -> bool:

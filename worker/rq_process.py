@@ -27,10 +27,12 @@ from worker import protocol
 from worker.engine import Engine
 from worker.heart import RENEW_EVERY_S, Heart, end_hung_process
 from worker.intake import Intake
-from worker.leases import WORKER_TTL_S, Lease, Promises
+from worker.leases import Lease, Promises
 from worker.maintenance import Maintenance
 from worker.patience import Patience, is_trouble
+from worker.protocol import WORKER_TTL_S
 from worker.results import JobResults
+from worker.stats import Sender
 
 log = logging.getLogger("dit.worker")
 
@@ -72,6 +74,7 @@ class WorkerProcess(BaseWorker):
         )
         self.results, self.intake = JobResults(connection), Intake(connection, self.name)
         self._maintenance, self._promises = Maintenance(connection), Promises(connection)
+        self._sender = Sender(connection, self.name, engine.stats)
         self._new_heart = lambda: Heart(engine, self._renew, hang_s, on_hang)
         self._registered: list[str] = []
         self._stop_asked: SimpleQueue[str] = SimpleQueue()  # ids of the jobs that rq's commands shall end
@@ -99,6 +102,7 @@ class WorkerProcess(BaseWorker):
 
     def teardown(self) -> None:
         self.heart.end()
+        self._send_counts()
         try:
             for model, queue in zip(self._models(), self.queues, strict=True):
                 if BaseWorker.count(queue=queue) <= 1:  # another worker of the model goes on renewing its record
@@ -120,6 +124,14 @@ class WorkerProcess(BaseWorker):
         if not self._promises.renew(self, self.records, list(self.leases.values())):
             with self.patience.none():
                 self._register()  # the server was restarted without its data, or this process stood still for long
+        self._send_counts()
+
+    def _send_counts(self) -> None:
+        """Promises come first: what cannot be counted now is sent with the next beat."""
+        try:
+            self._sender.send()
+        except RedisError as error:
+            log.debug("counts wait for Redis: %s", error)
 
     def _register(self) -> None:
         """Tell rq of this worker and its queues. Twice changes nothing."""

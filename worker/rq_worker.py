@@ -15,11 +15,11 @@ from rq.job import Job
 from rq.utils import now as rq_now
 from rq.worker import WorkerStatus
 
-from worker import protocol
+from worker import counts, protocol
 from worker.engine import Event, ImageReady, JobDone, JobFailed, Preview
 from worker.heart import RENEW_EVERY_S
 from worker.leases import Lease
-from worker.results import News, Order, Record
+from worker.results import News, Order, Record, about
 from worker.rq_process import WorkerProcess
 
 log = logging.getLogger("dit.worker")
@@ -82,11 +82,12 @@ class DiTWorker(WorkerProcess):
         except DeserializationError:
             operation = None
         if operation != protocol.OPERATION:
-            self._refuse(job, execution, f"operation {operation!r} is not known; only {protocol.OPERATION!r} is")
+            self._refuse(job, execution, record, f"operation {operation!r} is not known; only {protocol.OPERATION!r} is")
         elif verdict == "exhausted":
-            self._refuse(job, execution, f"given up after {protocol.MAX_ATTEMPTS} attempts, each ended by its worker's death", dead=True)
+            message = f"given up after {protocol.MAX_ATTEMPTS} attempts, each ended by its worker's death"
+            self._refuse(job, execution, record, message, kind=counts.WORKER_DIED, dead=True)
         elif verdict == "alone" and self.leases:
-            self._return(job, execution)
+            self._return(job, execution, about(job.id, record))
         elif verdict in ("run", "alone"):
             self._admit(job, execution, record, alone=verdict == "alone")
         else:
@@ -109,15 +110,19 @@ class DiTWorker(WorkerProcess):
     def _admit(self, job: Job, execution: Execution, record: Record, *, alone: bool) -> None:
         try:
             order = Order.parse(record)
-            self.engine.add(job.id, order.request, order.checkpoint, alone=alone, previews=order.previews)
+            pinned, previews, request_id = order.checkpoint, order.previews, order.request_id
+            self.engine.add(job.id, order.request, pinned, alone=alone, previews=previews, request_id=request_id)
         except ValueError as error:
-            self._refuse(job, execution, str(error))
+            self._refuse(job, execution, record, str(error))
         else:
-            self.leases[job.id] = Lease(job, execution, order)
+            lease = self.leases[job.id] = Lease(job, execution, order)
+            log.info("job %s runs here", job.id, extra=lease.about)
 
-    def _refuse(self, job: Job, execution: Execution, message: str, *, dead: bool = False) -> None:
-        self.results.fail(job.id, execution.id, message, dead=dead)
-        self._finish_failed(job, execution, message)
+    def _refuse(
+        self, job: Job, execution: Execution, record: Record, message: str, *, kind: str = counts.REFUSED, dead: bool = False
+    ) -> None:
+        self.results.fail(job.id, execution.id, message, kind=kind, dead=dead)
+        self._finish_failed(job, execution, message, about(job.id, record))
 
     # What came of a tick.
 
@@ -129,12 +134,10 @@ class DiTWorker(WorkerProcess):
             self._store(ready, [self.leases[event.job_id] for event in done])
         for event in events:
             lease = self.leases.get(event.job_id)
-            if (
-                lease
-                and isinstance(event, JobFailed)
-                and self._close(lease, self.results.fail(lease.job.id, lease.execution.id, event.message))
-            ):
-                self._finish_failed(lease.job, lease.execution, event.message)
+            if lease and isinstance(event, JobFailed):
+                told = self.results.fail(lease.job.id, lease.execution.id, event.message, kind=event.kind)
+                if self._close(lease, told):
+                    self._finish_failed(lease.job, lease.execution, event.message, lease.about)
 
     def _show(self, previews: Sequence[Preview]) -> None:
         """Where Redis is in trouble, nobody sees them."""
@@ -161,9 +164,13 @@ class DiTWorker(WorkerProcess):
             self.results.keep_images(lease.job.id, lease.execution.id, lease.images, lease.order.result_ttl_s, pipeline)
         ends = [(lease.job.id, lease.execution.id, sorted(lease.images, key=lambda image: int(image["index"]))) for lease in done]
         answers, ended = self.results.tell_all(news, pipeline, ends)
+        for (job_id, *_), answer in zip(news, answers, strict=True):
+            if answer != "lost":
+                self.engine.stats.count(self.leases[job_id].order.request.model, "images")
         for lease, told in zip(done, ended, strict=True):  # also if it was to be canceled: the script has seen to that
             if self._close(lease, told):
                 self._finish(lease.job, lease.execution)
+                log.info("job %s has ended", lease.job.id, extra=lease.about)
         self._obey(news, answers)
 
     def _tell_progress(self) -> None:
@@ -193,7 +200,7 @@ class DiTWorker(WorkerProcess):
             lease = self.leases.get(self._stop_asked.get())
             if lease and self._close(lease, self.results.cancel(lease.job.id, lease.execution.id)):
                 self._stopped_job_id = lease.job.id  # rq's word for it, which its own books take
-                self._finish_failed(lease.job, lease.execution, "stopped by a command of rq")
+                self._finish_failed(lease.job, lease.execution, "stopped by a command of rq", lease.about)
 
     # Jobs that leave.
 
@@ -208,7 +215,7 @@ class DiTWorker(WorkerProcess):
 
     def _drop(self, lease: Lease) -> None:
         """The lease was lost while this worker stood still. rq's record of the job is another execution's too by now, so it is let be."""
-        log.warning("job %s is another execution's now; dropped here", lease.job.id)
+        log.warning("job %s is another execution's now; dropped here", lease.job.id, extra=lease.about)
         self.engine.remove(lease.job.id)
         del self.leases[lease.job.id]
         self._leave(lease.job, lease.execution)
@@ -231,8 +238,9 @@ class DiTWorker(WorkerProcess):
             self.cleanup_execution(job, pipeline, execution)
             pipeline.execute()
 
-    def _finish_failed(self, job: Job, execution: Execution, message: str) -> None:
-        log.error("job %s failed: %s", job.id, message)
+    def _finish_failed(self, job: Job, execution: Execution, message: str, told: dict[str, str]) -> None:
+        """`told`: what lines of the log about the job carry."""
+        log.error("job %s failed: %s", job.id, message, extra=told)
         job.retries_left = 0  # a failure is final; only a worker's death is tried again
         job.webhooks = []  # whatever the queue says of the job, nothing is called
         job.ended_at = rq_now()
@@ -246,9 +254,9 @@ class DiTWorker(WorkerProcess):
         for lease in reversed(list(self.leases.values())):
             self.engine.remove(lease.job.id)
             del self.leases[lease.job.id]
-            self._return(lease.job, lease.execution)
+            self._return(lease.job, lease.execution, lease.about)
 
-    def _return(self, job: Job, execution: Execution) -> None:
+    def _return(self, job: Job, execution: Execution, told: dict[str, str]) -> None:
         back = self.results.give_back(job.id, execution.id)
         self._leave(job, execution)
-        log.info("job %s %s", job.id, "goes back to the queue" if back else "is another execution's now")
+        log.info("job %s %s", job.id, "goes back to the queue" if back else "is another execution's now", extra=told)

@@ -8,7 +8,20 @@ After a lost answer a command is sent again (worker/patience.py), so each of the
 harmless is said at each.
 """
 
-from worker.protocol import ALONE_FROM, BELL_RINGS, BELL_TTL_S, CLAIM_S, FORGET, LEASE_S, LIFETIME, MAX_ATTEMPTS, MODEL_TTL_S
+from worker.counts import COUNT, STATS_TTL_S, WORKER_DIED
+from worker.protocol import (
+    ALONE_FROM,
+    BELL_RINGS,
+    BELL_TTL_S,
+    CLAIM_S,
+    FORGET,
+    LEASE_S,
+    LIFETIME,
+    MAX_ATTEMPTS,
+    MODEL_TTL_S,
+    PAUSED,
+    SENT_TTL_S,
+)
 
 _ALSO_WHEN_FULL = "#!lua flags=allow-oom\n"
 
@@ -42,9 +55,10 @@ local function bury(id, now, ttl)
 end
 """
 
-# KEYS rq's mark of suspension; then for each model its queue, the queue's intermediate list, its bell. ARGV 'idle' or 'busy', worker.
-# Pops the next job of the first model that has one into the intermediate list. A job at its ALONE_FROM-th attempt, or a later one, goes to
-# an idle worker; one busy worker claims it and takes nothing until its own jobs have ended; the other busy ones look behind it.
+# KEYS rq's mark of suspension; then for each model its queue, the queue's intermediate list, its bell, its gate. ARGV 'idle' or 'busy',
+# worker. Pops the next job of the first model that has one, and is not paused, into the intermediate list. A job at its ALONE_FROM-th
+# attempt, or a later one, goes to an idle worker; one busy worker claims it and takes nothing until its own jobs have ended; the other busy
+# ones look behind it.
 # → {}, {'suspended'}, {'wait', model's number}, {'job', model's number, job id}.
 # An idle worker answers for every ring so far: it takes them away and looks at the queues in the same step, so a job queued later rings
 # again. Who leaves jobs waiting rings for another worker. Twice: the first job stays in the intermediate list, from where UNSTICK takes it.
@@ -54,11 +68,11 @@ TAKE = (
     + f"""
 if redis.call('EXISTS', KEYS[1]) == 1 then return {{'suspended'}} end
 local idle = ARGV[1] == 'idle'
-for k = 2, #KEYS, 3 do
+for k = 2, #KEYS, 4 do
   local queue, intermediate, bell = KEYS[k], KEYS[k + 1], KEYS[k + 2]
-  local number = (k - 2) / 3
+  local number, paused = (k - 2) / 4, redis.call('GET', KEYS[k + 3]) == '{PAUSED}'
   if idle then redis.call('DEL', bell) end
-  for _, id in ipairs(redis.call('LRANGE', queue, 0, 7)) do
+  for _, id in ipairs(paused and {{}} or redis.call('LRANGE', queue, 0, 7)) do
     local status, attempts = unpack(redis.call('HMGET', 'dit:job:' .. id, 'status', 'attempts'))
     local alone = (status == 'queued' or status == 'running') and (tonumber(attempts) or 0) >= {ALONE_FROM - 1}
     local claim = 'dit:alone:' .. id
@@ -83,7 +97,9 @@ return {{}}
 # → "run"; "alone", from the ALONE_FROM-th attempt; "drop" if it has ended (canceled while queued, or by another execution); "cancel" if
 # that was asked while no worker had it; "exhausted" if it was tried too often; "elsewhere" if it runs under another lease that is alive.
 # Twice: the execution that has it is told the same and not counted again.
-START = f"""
+START = (
+    COUNT
+    + f"""
 local status, owner, model, attempts, request = unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'model', 'attempts', 'request'))
 if not status or status == 'succeeded' or status == 'failed' or status == 'canceled' then return 'drop' end
 local wip, now = 'rq:wip:dit-' .. (model or ''), tonumber(redis.call('TIME')[1])
@@ -101,7 +117,9 @@ if first then
 end
 if tonumber(attempts) > {MAX_ATTEMPTS} then return 'exhausted' end
 redis.call('HSET', KEYS[1], 'status', 'running', 'step', '0')
-redis.call('HSETNX', KEYS[1], 'started_at', ARGV[3])
+if redis.call('HSETNX', KEYS[1], 'started_at', ARGV[3]) == 1 then
+  observe(model, 'wait_s', redis.call('HGET', KEYS[1], 'created_at'), ARGV[3])
+end
 local read, asked = pcall(cjson.decode, request)
 if first and read and type(asked) == 'table' and type(asked.steps) == 'number' then
   local data = string.format('{{"step": 0, "steps": %d}}', asked.steps)
@@ -109,6 +127,7 @@ if first and read and type(asked) == 'table' and type(asked.steps) == 'number' t
 end
 return tonumber(attempts) >= {ALONE_FROM} and 'alone' or 'run'
 """
+)
 
 # KEYS job, events. ARGV execution, step, event, data, events kept.
 # → 0 if another execution owns the job, 2 if it shall be canceled, else 1. Twice: the same event is told twice.
@@ -124,14 +143,16 @@ end
 return 1
 """
 
-# KEYS job, events. ARGV job id, execution, status, now, images, error, done event, 'dead' or ''. A cancel that came in time wins over a
-# result. → 0 if another execution owns the job, else 1. Twice: the end that this execution has written is confirmed.
+# KEYS job, events. ARGV job id, execution, status, now, images, error, done event, 'dead' or '', kind of a failure. A cancel that came in
+# time wins over a result. → 0 if another execution owns the job, else 1. Twice: the end that this execution has written is confirmed.
 FINISH = (
     _ALSO_WHEN_FULL
     + LIFETIME
     + _BURY
+    + COUNT
     + """
-local status, owner, ttl = unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'result_ttl_s'))
+local status, owner, ttl, model, created =
+  unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'result_ttl_s', 'model', 'created_at'))
 if owner ~= ARGV[2] then return 0 end
 if status == ARGV[3] or status == 'canceled' then return 1 end
 if status ~= 'running' and status ~= 'canceling' and status ~= 'queued' then return 0 end
@@ -143,6 +164,8 @@ redis.call('XADD', KEYS[2], '*', 'event', 'done', 'data', done)
 redis.call('EXPIRE', KEYS[1], ttl)
 redis.call('EXPIRE', KEYS[2], ttl)
 if ended == 'failed' and ARGV[8] == 'dead' then bury(ARGV[1], ARGV[4], ttl) end
+count(model, 'ended|' .. ended .. '|' .. (ended == 'failed' and ARGV[9] or ''))
+if ended == 'succeeded' then observe(model, 'job_s', created, ARGV[4]) end
 return 1
 """
 )
@@ -176,6 +199,7 @@ REAP = (
     + LIFETIME
     + _PUSH
     + _BURY
+    + COUNT
     + f"""
 local model, now, told = ARGV[1], tonumber(redis.call('TIME')[1]), {{}}
 local wip = 'rq:wip:dit-' .. model
@@ -186,6 +210,7 @@ local function fail(id, job, ttl)
   redis.call('EXPIRE', job, ttl)
   redis.call('EXPIRE', job .. ':events', ttl)
   bury(id, now, ttl)
+  count(model, 'ended|failed|{WORKER_DIED}')
   redis.call('LREM', 'rq:queue:dit-' .. model .. ':intermediate', 0, id)
   if redis.call('EXISTS', 'rq:job:' .. id) == 1 then  -- as rq books a failure
     redis.call('HSET', 'rq:job:' .. id, 'status', 'failed')
@@ -269,3 +294,21 @@ return known
 
 # What has expired leaves the lists of jobs. Twice: nothing is left to forget.
 TIDY = _ALSO_WHEN_FULL + FORGET + "forget(tonumber(redis.call('TIME')[1]), 1000)"
+
+# KEYS number of what this worker sent last, then models' counts. ARGV the number of this; for each of KEYS from the second on the number of
+# its fields, and for each of these its name and what is added. → 0 if it was counted before; so twice is harmless.
+ADD = (
+    _ALSO_WHEN_FULL
+    + f"""
+if redis.call('GET', KEYS[1]) == ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', {SENT_TTL_S})
+local a = 2
+for k = 2, #KEYS do
+  local last = a + 2 * tonumber(ARGV[a])
+  for i = a + 1, last, 2 do redis.call('HINCRBYFLOAT', KEYS[k], ARGV[i], ARGV[i + 1]) end
+  redis.call('EXPIRE', KEYS[k], {STATS_TTL_S})
+  a = last + 1
+end
+return 1
+"""
+)

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from app.jobs import JobStore
+from app.metrics import Metrics
 from app.schemas import ProblemView
 
 
@@ -14,6 +15,18 @@ def job_store(request: Request) -> JobStore:
 
 
 Store = Annotated[JobStore, Depends(job_store)]
+
+
+def metrics(request: Request) -> Metrics:
+    found: Metrics = request.app.state.metrics
+    return found
+
+
+ProcessMetrics = Annotated[Metrics, Depends(metrics)]
+
+
+def admin_only() -> None:
+    """Whoever may stop a queue for everybody. The one place that asks; until there are keys, everybody is admitted."""
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:

@@ -1,13 +1,17 @@
-"""`/healthz`, `/readyz`, the page and the API's documentation, all from local files."""
+"""`/healthz`, `/readyz`, `/metrics`, the page and the API's documentation, all from local files."""
 
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from redis.exceptions import ResponseError
 
+from app.admission import refusal
 from app.problems import Problem
-from app.routes.dependencies import Store, problems
+from app.queues import LOOK_FOR_ROOM, QueueState, states
+from app.routes.dependencies import ProcessMetrics, Store, problems
 
 router = APIRouter(tags=["system"])
 
@@ -22,11 +26,28 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", responses=problems(503))
 async def readyz(store: Store) -> dict[str, object]:
-    """Redis answers and a worker serves a model."""
-    models = await store.models()
-    if not models:
-        raise Problem(503, "no worker serves a model at the moment", retry_after_s=5)
-    return {"status": "ready", "models": [model.id for model in models]}
+    """A picture could be made now: Redis takes writes, and a living worker serves a model whose queue is open."""
+    try:
+        queues = states(await store.redis.eval(LOOK_FOR_ROOM, 0))
+    except ResponseError as error:
+        raise refusal(error) or error from error
+    ready = [queue.model for queue in queues if queue.ready]
+    if not ready:
+        raise Problem(503, why_not(queues), kind="not-ready", retry_after_s=5)
+    return {"status": "ready", "models": ready}
+
+
+def why_not(queues: list[QueueState]) -> str:
+    """Of models that are served; of the others there is nothing to say."""
+    served = [queue for queue in queues if queue.served]
+    reasons = [f"model {q.model}: its queue is {q.state}" if q.workers else f"model {q.model}: its worker is gone" for q in served]
+    return "; ".join(reasons) or "no worker serves a model at the moment"
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(store: Store, process: ProcessMetrics) -> Response:
+    """For Prometheus; also while Redis is away."""
+    return Response(await process.scrape(store.redis), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)

@@ -46,6 +46,7 @@ def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "IMAGE_BYTES": "1000",
         "DATA": "/state",
         "IMAGE_STORE": "redis",
+        "LOG_FORMAT": "json",
     }
     for name, value in values.items():
         monkeypatch.setenv(f"DIT_{name}", value)
@@ -73,6 +74,7 @@ def test_a_file_env_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch
         ("DIT_DRAIN_SECONDS", "inf", "finite number"),
         ("DIT_HANG_SECONDS", "0", "greater than 0"),
         ("DIT_COMPILE", "maybe", "boolean"),
+        ("DIT_LOG_FORMAT", "xml", "'text' or 'json'"),
         ("DIT_IMAGE_STORE", "s3://bucket", "only 'redis'"),
         ("DIT_API_KEYS_FILE", "keys.json", "not supported"),
     ],

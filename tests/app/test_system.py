@@ -21,14 +21,6 @@ def test_the_process_answers_without_anything_behind_it(bare_client: TestClient)
     assert bare_client.get("/healthz").json() == {"status": "ok"}
 
 
-def test_readiness_is_redis_and_a_worker_with_a_model(bare_client: TestClient, serve: Callable[..., Any]) -> None:
-    absent = bare_client.get("/readyz")
-    assert (absent.status_code, absent.headers["content-type"]) == (503, "application/problem+json")
-    assert int(absent.headers["retry-after"]) > 0
-    serve()
-    assert bare_client.get("/readyz").json() == {"status": "ready", "models": ["tiny"]}
-
-
 # --- without Redis -----------------------------------------------------------------------------------------------------
 
 
@@ -40,6 +32,8 @@ def test_every_call_is_503_with_a_time_to_come_back_while_redis_is_gone(
         ("GET", "/models"),
         ("GET", "/models/tiny"),
         ("GET", "/readyz"),
+        ("GET", "/queues"),
+        ("POST", "/queues/tiny/pause"),
         *((verb, f"/jobs/019a0000-0000-7000-8000-000000000000{part}") for verb, part in [("GET", ""), ("DELETE", ""), ("GET", "/events")]),
     ]
     with open_client(redis_url=mortal_server.url) as client:
@@ -144,6 +138,11 @@ def test_the_api_description_says_what_is_served(document: dict[str, Any]) -> No
         ("get", "/models/{model_id}"),
         ("get", "/healthz"),
         ("get", "/readyz"),
+        ("get", "/metrics"),
+        ("get", "/queues"),
+        ("post", "/queues/{model}/pause"),
+        ("post", "/queues/{model}/drain"),
+        ("post", "/queues/{model}/resume"),
     }
 
 

@@ -20,6 +20,7 @@ from tests.chaos.redis_server import RedisServer
 from tests.chaos.tiny import MODEL
 from tests.chaos.worker import Mishap, run
 from worker import protocol
+from worker.counts import stats_key
 from worker.protocol import FINAL, GenerationRequest
 
 TIMEOUT_S = 240.0  # of a wait that nothing was promised for: a loaded machine is slow
@@ -33,6 +34,7 @@ LEASES = f"rq:wip:{protocol.queue_name(MODEL)}"
 KEPT_FOR_EVER = {
     "rq:queues": "rq: the names of all queues there ever were",
     protocol.MODELS_KEY: "the ids of all models that were ever served",
+    stats_key(MODEL): "what was counted, for 30 days after the last count: it outlives workers on purpose",
 }
 
 T = TypeVar("T")

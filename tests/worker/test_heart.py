@@ -173,7 +173,7 @@ def test_a_job_that_ends_while_it_is_renewed_is_not_brought_back(
         worker._finish(job, execution)
     elif way == "failed":
         worker._close(lease, worker.results.fail(job.id, execution.id, "why"))
-        worker._finish_failed(job, execution, "why")
+        worker._finish_failed(job, execution, "why", lease.about)
     elif way == "given back":
         worker._give_back()
     elif way == "lost":
