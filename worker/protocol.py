@@ -12,6 +12,8 @@
 | `dit:alone:<id>`                 | worker      | the busy worker that will run this job alone           | CLAIM_S, renewed     |
 | `dit:dead`                       | worker      | sorted set of job ids, by the Unix seconds of the end: | TTL after the last   |
 |                                  |             | those whose every attempt ended with its worker        |                      |
+| `dit:rate:<name>`                | API         | µs of Unix time at which this key's calls for a minute | until then           |
+|                                  |             | may come at once again                                 |                      |
 
 TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, so that each is one step: CANCEL is
 below, the worker's own are in worker/scripts.py.
@@ -80,6 +82,10 @@ DEAD_KEY = "dit:dead"
 
 def model_key(model: str) -> str:
     return f"dit:model:{model}"
+
+
+def rate_key(name: str) -> str:
+    return f"dit:rate:{name}"
 
 
 def bell_key(model: str) -> str:
