@@ -14,13 +14,15 @@ log = logging.getLogger("dit.api")
 
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {
+    401: "Key needed",
+    403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
     409: "Conflict",
     410: "Gone",
     413: "Body too large",
     422: "Invalid request",
-    429: "Queue full",
+    429: "Too many requests",
     500: "Internal error",
     503: "Not available",
 }
@@ -31,9 +33,18 @@ _SHOWN_INPUT = 80  # characters of a wrong value that are repeated
 class Problem(Exception):
     """Raised anywhere below a route; becomes the response."""
 
-    def __init__(self, status: int, detail: str, *, errors: Sequence[dict[str, str]] = (), retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        errors: Sequence[dict[str, str]] = (),
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.errors, self.retry_after_s = status, detail, list(errors), retry_after_s
+        self.status, self.detail, self.errors = status, detail, list(errors)
+        self.retry_after_s, self.headers = retry_after_s, dict(headers or {})
 
 
 def field_error(field: str, got: Any, allowed: str) -> dict[str, str]:
@@ -57,7 +68,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_INPUT else text[:_SHOWN_INPUT] + "…"
 
 
-def response(problem: Problem, instance: str, headers: Mapping[str, str] | None = None) -> Response:
+def response(problem: Problem, instance: str) -> Response:
     document: dict[str, Any] = {
         "type": "about:blank",
         "title": _TITLES.get(problem.status, "Error"),
@@ -68,7 +79,12 @@ def response(problem: Problem, instance: str, headers: Mapping[str, str] | None 
     if problem.status == 422:
         document["errors"] = problem.errors
     retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
-    return Response(json.dumps(document), problem.status, {**(headers or {}), **retry}, MEDIA_TYPE)
+    return Response(json.dumps(document), problem.status, {**problem.headers, **retry}, MEDIA_TYPE)
+
+
+def redis_away(error: RedisError) -> Problem:
+    log.warning("Redis: %s", error)
+    return Problem(503, "the queue (Redis) does not answer; try again shortly", retry_after_s=5)
 
 
 def _validation(error: RequestValidationError) -> Problem:
@@ -119,12 +135,11 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # a body that no JSON parser takes: too deep, digits without end
             return response(invalid([{"field": "body", "detail": "must be JSON of moderate depth and size"}]), request.url.path)
-        return response(Problem(error.status_code, str(error.detail)), request.url.path, error.headers)
+        return response(Problem(error.status_code, str(error.detail), headers=error.headers), request.url.path)
 
     @app.exception_handler(RedisError)
     async def redis(request: Request, error: RedisError) -> Response:
-        log.warning("Redis: %s", error)
-        return response(Problem(503, "the queue (Redis) does not answer; try again shortly", retry_after_s=5), request.url.path)
+        return response(redis_away(error), request.url.path)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

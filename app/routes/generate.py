@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 
 from app.problems import Problem
 from app.resolve import choose_model, resolve
-from app.routes.dependencies import Store, problems
+from app.routes.dependencies import GenerateCaller, Store, keyed_problems
 from app.schemas import GenerateRequest, JobView
 from worker import protocol
 
@@ -32,12 +32,13 @@ def preferred_wait(prefer: str | None) -> int:
     response_model=JobView,
     responses={
         200: {"model": JobView, "content": {"image/png": {}}, "description": "Ended within `Prefer: wait`."},
-        **problems(409, 413, 422, 429, 503),
+        **keyed_problems(409, 413, 422, 503),
     },
 )
 async def generate(
     body: GenerateRequest,
     store: Store,
+    caller: GenerateCaller,
     prefer: Annotated[str | None, Header()] = None,
     accept: Annotated[str | None, Header()] = None,
 ) -> Response:

@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from app.jobs import JobStore
 from app.problems import Problem, field_error, invalid
-from app.routes.dependencies import Store, problems
+from app.routes.dependencies import GenerateCaller, Store, keyed_problems
 from app.schemas import MAX_IMAGES, JobView
 from worker import protocol
 
@@ -21,13 +21,13 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(max_length=100)]
 
 
-@router.get("/{job_id}", response_model=JobView, responses=problems(404, 410, 422, 503))
-async def get_job(job_id: JobId, store: Store) -> JSONResponse:
+@router.get("/{job_id}", response_model=JobView, responses=keyed_problems(404, 410, 422, 503))
+async def get_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONResponse:
     return JSONResponse(await store.get(job_id))
 
 
-@router.delete("/{job_id}", response_model=JobView, responses={202: {"model": JobView}, **problems(404, 409, 410, 422, 503)})
-async def cancel_job(job_id: JobId, store: Store) -> JSONResponse:
+@router.delete("/{job_id}", response_model=JobView, responses={202: {"model": JobView}, **keyed_problems(404, 409, 410, 422, 503)})
+async def cancel_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONResponse:
     """200 if it was queued and is canceled now, 202 if it runs and stops at its next step, 409 once it has ended."""
     status = await store.cancel(job_id)
     if status in protocol.FINAL:
@@ -38,12 +38,13 @@ async def cancel_job(job_id: JobId, store: Store) -> JSONResponse:
 @router.get(
     "/{job_id}/images/{index}",
     response_class=Response,
-    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **problems(404, 410, 422, 503)},
+    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **keyed_problems(404, 410, 422, 503)},
 )
 async def get_image(
     job_id: JobId,
     index: Annotated[int, Path(ge=0, lt=MAX_IMAGES)],
     store: Store,
+    caller: GenerateCaller,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The PNG. Its bytes never change, so caches may keep it."""
@@ -58,9 +59,11 @@ async def get_image(
 @router.get(
     "/{job_id}/events",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 410, 422, 503)},
+    responses={200: {"content": {"text/event-stream": {}}}, **keyed_problems(404, 410, 422, 503)},
 )
-async def get_events(job_id: JobId, store: Store, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
+async def get_events(
+    job_id: JobId, store: Store, caller: GenerateCaller, last_event_id: Annotated[str | None, Header()] = None
+) -> StreamingResponse:
     """Server-sent events from the beginning, or after `Last-Event-ID`; closes after `done`."""
     after = _stream_id(last_event_id)
     await store.get(job_id)  # 404 and 410 before the stream begins
