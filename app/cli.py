@@ -22,6 +22,8 @@ models = typer.Typer()
 app.add_typer(models, name="models")
 jobs = typer.Typer(help="Jobs that were given up.", no_args_is_help=True)
 app.add_typer(jobs, name="jobs")
+key = typer.Typer(help="Keys of the API, in the file that DIT_API_KEYS_FILE names.", no_args_is_help=True)
+app.add_typer(key, name="key")
 
 queues = typer.Typer()
 app.add_typer(queues, name="queues")
@@ -528,6 +530,64 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         typer.echo("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
+@key.command("create")
+def create_key_command(
+    name: Annotated[str, typer.Option(help="Whose it is; jobs and limits belong to the name.")],
+    scope: Annotated[Literal["generate", "train", "admin"], typer.Option(help="What it may; an admin may everything.")],
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Calls a minute; by default without a limit.")] = None,
+    in_flight: Annotated[int | None, typer.Option(min=1, help="Jobs that have not ended; by default without a limit.")] = None,
+) -> None:
+    """Make a key and print it: this once, since only its hash is kept."""
+    from app.keys import create_key
+
+    path = _key_file()
+    try:
+        entry, secret = create_key(path, name, scope, per_minute=per_minute, in_flight=in_flight)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"dit: key {entry.id} of {name} is in {path}; nobody can show it again:", err=True)
+    typer.echo(secret)
+
+
+@key.command("list")
+def list_keys_command(as_json: JsonOption = False) -> None:
+    """Every key, in the order in which they were made; what is kept of a secret is not told."""
+    import json
+    from dataclasses import asdict
+
+    from app.auth import read_keys
+
+    try:
+        rows = [{name: value for name, value in asdict(entry).items() if name != "sha256"} for entry in read_keys(_key_file())]
+    except ValueError as error:
+        fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif rows:
+        _print_table([{name: "" if value is None else value for name, value in row.items()} for row in rows])
+    else:
+        typer.echo("no key was made")
+
+
+@key.command("revoke")
+def revoke_key_command(identity: Annotated[str, typer.Argument(metavar="ID", help="As `dit key list` shows it.")]) -> None:
+    """Refuse a key from now on; a running API notices at its next call."""
+    from app.keys import revoke_key
+
+    try:
+        entry = revoke_key(_key_file(), identity)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"revoked key {entry.id} of {entry.name}")
+
+
+def _key_file() -> Path:
+    path = _settings().api_keys_file
+    if path is None:
+        fail("DIT_API_KEYS_FILE must name the file that holds the keys", CONFIGURATION_ERROR)
+    return path
+
+
 @app.command("up")
 def up_command(
     model: Annotated[
@@ -538,7 +598,7 @@ def up_command(
     from app.local import StartError, up
 
     try:
-        up(_settings(), model)
+        up(_door_settings(), model)
     except StartError as error:
         fail(str(error))
 
@@ -552,7 +612,7 @@ def api_command() -> None:
     from app.logs import log_to_stderr
     from app.main import create_app
 
-    settings = _settings()
+    settings = _door_settings()
     log_to_stderr(settings.log_format)
     end_with_supervisor()
     try:
@@ -603,6 +663,24 @@ def _settings() -> "Settings":
         return load_settings()
     except ValueError as error:
         fail(str(error), CONFIGURATION_ERROR)
+
+
+def _door_settings() -> "Settings":
+    """Of a command that opens the port."""
+    from app.auth import read_keys
+    from app.settings import check_exposure
+
+    settings = _settings()
+    try:
+        check_exposure(settings)
+    except ValueError as error:
+        fail(str(error), CONFIGURATION_ERROR)
+    try:
+        if settings.api_keys_file is not None:
+            read_keys(settings.api_keys_file)
+    except ValueError as error:
+        fail(f"DIT_API_KEYS_FILE={error}", CONFIGURATION_ERROR)
+    return settings
 
 
 def main() -> None:

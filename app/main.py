@@ -1,32 +1,32 @@
 """create_app(): lifespan, middleware, routes, the page."""
 
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from starlette.staticfiles import StaticFiles
 
-from app import problems
+from app import middleware, problems
+from app.auth import KeyFile
 from app.jobs import CONNECTION, JobStore
+from app.limits import RateLimiter
 from app.metrics import Metrics
 from app.routes import generate, jobs, models, queues, system
 from app.schemas import ProblemView
 from app.seen import Seen
 from app.settings import Settings
 
-MAX_BODY_BYTES = 64 * 1024
-
 
 def create_app(settings: Settings) -> FastAPI:
-    """The API over the Redis that `settings.redis_url` names."""
+    """The API over the Redis that `settings.redis_url` names. ValueError for what is missing or wrong."""
     if settings.redis_url is None:
         raise ValueError("DIT_REDIS_URL must be set for the API alone (`dit up` brings a server of its own)")
     url = settings.redis_url
+    keys = None if settings.api_keys_file is None else KeyFile(settings.api_keys_file)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,6 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
             result_ttl_s=settings.result_ttl,
             image_bytes=settings.image_bytes,
         )
+        app.state.limiter = RateLimiter(connection)
         yield
         await connection.aclose()
         sync.close()
@@ -51,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     problems.install(app)
-    app.middleware("http")(limit_body)
+    middleware.install(app, keys, settings.origins)
     for module in (generate, jobs, models, queues, system):
         app.include_router(module.router)
     app.mount("/static/swagger", StaticFiles(directory=swagger_folder()), name="swagger")
@@ -71,17 +72,6 @@ def _watch(app: FastAPI, metrics: Metrics) -> None:
 def swagger_folder() -> Path:
     """Swagger UI's files, which come inside a package: `/docs` works without a network."""
     return Path(str(resources.files("fastapi_swagger"))) / "resources"
-
-
-async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """413 for a body that says it is too large, or that does not say how large it is."""
-    has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-    if has_body and request.method in ("POST", "PUT", "PATCH"):
-        length = request.headers.get("content-length", "")
-        if not re.fullmatch(r"[0-9]{1,10}", length) or int(length) > MAX_BODY_BYTES:
-            detail = f"a body needs a Content-Length of at most {MAX_BODY_BYTES} bytes, got {length[:20]!a}"
-            return problems.response(problems.Problem(413, detail), request.url.path)
-    return await call_next(request)
 
 
 def _describe_problems(app: FastAPI) -> None:

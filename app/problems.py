@@ -14,18 +14,22 @@ log = logging.getLogger("dit.api")
 
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {
+    401: "Key needed",
+    403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
     409: "Conflict",
     410: "Gone",
     413: "Body too large",
     422: "Invalid request",
-    429: "Too many",
+    429: "Too many requests",
     500: "Internal error",
     503: "Not available",
 }
 # The last part of a problem's type, where nothing more exact is said.
 _KINDS = {
+    401: "key-needed",
+    403: "not-allowed",
     404: "not-found",
     405: "method-not-allowed",
     409: "conflict",
@@ -52,10 +56,12 @@ class Problem(Exception):
         kind: str | None = None,
         errors: Sequence[dict[str, str]] = (),
         retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """`kind`: what a program may tell it by, the end of its type; by default what the status says."""
         super().__init__(detail)
-        self.status, self.detail, self.errors, self.retry_after_s = status, detail, list(errors), retry_after_s
+        self.status, self.detail, self.errors = status, detail, list(errors)
+        self.retry_after_s, self.headers = retry_after_s, dict(headers or {})
         self.kind = kind or _KINDS.get(status, "error")
 
 
@@ -80,7 +86,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_INPUT else text[:_SHOWN_INPUT] + "…"
 
 
-def response(problem: Problem, instance: str, headers: Mapping[str, str] | None = None) -> Response:
+def response(problem: Problem, instance: str) -> Response:
     document: dict[str, Any] = {
         "type": f"{_TYPE}{problem.kind}",
         "title": _TITLES.get(problem.status, "Error"),
@@ -91,7 +97,12 @@ def response(problem: Problem, instance: str, headers: Mapping[str, str] | None 
     if problem.status == 422:
         document["errors"] = problem.errors
     retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
-    return Response(json.dumps(document), problem.status, {**(headers or {}), **retry}, MEDIA_TYPE)
+    return Response(json.dumps(document), problem.status, {**problem.headers, **retry}, MEDIA_TYPE)
+
+
+def redis_away(error: RedisError) -> Problem:
+    log.warning("Redis: %s", error)
+    return Problem(503, "the queue (Redis) does not answer; try again shortly", kind="redis-away", retry_after_s=5)
 
 
 def _validation(error: RequestValidationError) -> Problem:
@@ -142,13 +153,11 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # a body that no JSON parser takes: too deep, digits without end
             return response(invalid([{"field": "body", "detail": "must be JSON of moderate depth and size"}]), request.url.path)
-        return response(Problem(error.status_code, str(error.detail)), request.url.path, error.headers)
+        return response(Problem(error.status_code, str(error.detail), headers=error.headers), request.url.path)
 
     @app.exception_handler(RedisError)
     async def redis(request: Request, error: RedisError) -> Response:
-        log.warning("Redis: %s", error)
-        detail = "the queue (Redis) does not answer; try again shortly"
-        return response(Problem(503, detail, kind="redis-away", retry_after_s=5), request.url.path)
+        return response(redis_away(error), request.url.path)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -1,5 +1,7 @@
 """The environment (DIT_*, or a file .env) → Settings. `dit up` needs none of it."""
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -34,12 +36,19 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     data: Path = Path(".dit")  # state of the embedded server, compile cache, logs
     image_store: str = "redis"
-    api_keys_file: Path | None = None
+    api_keys_file: Path | None = None  # unset: everybody who reaches the API may everything
+    allow_public: bool = False  # an address that others reach, without keys
+    cors_origins: str | None = None  # of pages elsewhere that may call, with commas between them; unset: none
 
     @property
     def models(self) -> list[str] | None:
         """The models that a worker is given; None for all."""
-        return [name.strip() for name in self.model.split(",") if name.strip()] if self.model is not None else None
+        return None if self.model is None else _listed(self.model)
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins whose pages may call the API from a browser."""
+        return _listed(self.cors_origins)
 
     @field_validator("image_store")
     @classmethod
@@ -48,12 +57,34 @@ class Settings(BaseSettings):
             raise ValueError(f"only 'redis' is supported by this version, got {value!r}")
         return value
 
-    @field_validator("api_keys_file")
+    @field_validator("cors_origins")
     @classmethod
-    def _no_keys_yet(cls, value: Path | None) -> Path | None:
-        if value is not None:
-            raise ValueError("API keys are not supported by this version; nothing would be protected, so it does not start")
+    def _are_origins(cls, value: str | None) -> str | None:
+        for origin in _listed(value):
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", origin):
+                raise ValueError(f"an origin reads https://example.org or http://localhost:3000, without a path; got {origin!r}")
         return value
+
+
+def _listed(value: str | None) -> list[str]:
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it; not of a name, since what that stands for may change."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_exposure(settings: Settings) -> None:
+    """ValueError if others reach the API and nothing asks who they are."""
+    if not is_loopback(settings.host) and settings.api_keys_file is None and not settings.allow_public:
+        raise ValueError(
+            f"DIT_HOST={settings.host}: others reach this address, and without keys they may everything; "
+            "set DIT_API_KEYS_FILE (`dit key create` makes keys), or DIT_ALLOW_PUBLIC=true"
+        )
 
 
 def load_settings() -> Settings:

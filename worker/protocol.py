@@ -26,6 +26,8 @@
 | `dit:stats:<model>`              | API, worker | hash of counts since ever, see worker/counts.py        | STATS_TTL_S, renewed |
 | `dit:sent:<worker>`              | worker      | number of the last counts it sent, which a second      | SENT_TTL_S, renewed  |
 |                                  |             | sending does not count again                           |                      |
+| `dit:rate:<name>`                | API         | µs of Unix time at which this key's calls for a minute | until then           |
+|                                  |             | may come at once again                                 |                      |
 
 TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, so that each is one step: CANCEL is
 below, a submission is in app/admission.py, the worker's own are in worker/scripts.py.
@@ -107,6 +109,10 @@ BYTES_KEY = "dit:bytes"
 
 def model_key(model: str) -> str:
     return f"dit:model:{model}"
+
+
+def rate_key(name: str) -> str:
+    return f"dit:rate:{name}"
 
 
 def bell_key(model: str) -> str:

@@ -1,11 +1,15 @@
 """What routes ask for."""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app.auth import ADMIN, GENERATE, Caller
 from app.jobs import JobStore
 from app.metrics import Metrics
+from app.problems import Problem
 from app.schemas import ProblemView
 
 
@@ -16,6 +20,27 @@ def job_store(request: Request) -> JobStore:
 
 Store = Annotated[JobStore, Depends(job_store)]
 
+# Tells OpenAPI, and so `/docs`, of keys; who calls was found out before (app/middleware.py).
+_BEARER = HTTPBearer(
+    auto_error=False, scheme_name="key", bearerFormat="dit_<id>_<secret>", description="Needed where the server has a key file."
+)
+
+
+def needs(scope: str) -> Callable[..., Awaitable[Caller]]:
+    """A dependency that gives the caller; 403 for one who has neither this scope nor is an admin."""
+
+    async def caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> Caller:
+        found: Caller = request.state.caller
+        if not found.may(scope):
+            wanted = ADMIN if scope == ADMIN else f"{scope} or {ADMIN}"
+            raise Problem(403, f"this call needs a key of the scope {wanted}; key {found.name} has {found.scope}")
+        return found
+
+    return caller
+
+
+GenerateCaller = Annotated[Caller, Depends(needs(GENERATE))]
+
 
 def metrics(request: Request) -> Metrics:
     found: Metrics = request.app.state.metrics
@@ -25,11 +50,15 @@ def metrics(request: Request) -> Metrics:
 ProcessMetrics = Annotated[Metrics, Depends(metrics)]
 
 
-def admin_only() -> None:
-    """Whoever may stop a queue for everybody. The one place that asks; until there are keys, everybody is admitted."""
+admin_only = needs(ADMIN)  # whoever may stop a queue for everybody
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
     """The problem documents that a route may answer with, for OpenAPI."""
     content = {"application/problem+json": {"schema": {"$ref": f"#/components/schemas/{ProblemView.__name__}"}}}
     return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}
+
+
+def keyed_problems(*statuses: int) -> dict[int | str, dict[str, object]]:
+    """Of a route that needs a key: these too."""
+    return problems(401, 403, 429, *statuses)

@@ -12,7 +12,7 @@ from app.admission import picture_bytes
 from app.jobs import Key
 from app.problems import Problem
 from app.resolve import choose_model, resolve
-from app.routes.dependencies import Store, problems
+from app.routes.dependencies import GenerateCaller, Store, keyed_problems
 from app.schemas import GenerateRequest, JobView
 from worker import protocol
 
@@ -36,12 +36,13 @@ def preferred_wait(prefer: str | None) -> int:
     response_model=JobView,
     responses={
         200: {"model": JobView, "content": {"image/png": {}}, "description": "Ended within `Prefer: wait`."},
-        **problems(409, 413, 422, 429, 503),
+        **keyed_problems(409, 413, 422, 503),
     },
 )
 async def generate(
     body: GenerateRequest,
     store: Store,
+    caller: GenerateCaller,
     previews: Annotated[
         bool, Query(description="Tell what the pictures look like on their way, as events `preview`: four times each.")
     ] = False,
@@ -53,13 +54,21 @@ async def generate(
 ) -> Response:
     """Queue a job. With `Prefer: wait=N` and `Accept: image/png`, a job of one image answers with the picture itself."""
     key = Key(idempotency_key, fingerprint(body, previews)) if idempotency_key is not None else None
-    job_id = await store.made_before(key) if key else None
+    job_id = await store.made_before(key, caller.name) if key else None
     if job_id is None:
         record = choose_model(body.model, await store.models())
         request = resolve(body, record)
         room = request.num_images * picture_bytes(record.image_size, record.image_channels)
         room *= 2 if previews else 1  # four previews of a quarter of the pixels each
-        job_id = await store.submit(request, record.checkpoint, image_bytes=room, previews=previews, key=key)
+        job_id = await store.submit(
+            request,
+            record.checkpoint,
+            image_bytes=room,
+            previews=previews,
+            owner=caller.name,
+            in_flight=caller.in_flight,
+            key=key,
+        )
     headers = {"Location": f"/jobs/{job_id}"}
     wait_s = preferred_wait(prefer)
     ended = bool(wait_s) and await store.wait(job_id, wait_s)

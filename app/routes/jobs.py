@@ -10,9 +10,9 @@ from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from redis.exceptions import RedisError
 
-from app.jobs import EVERYBODY, JobStore, id_time
+from app.jobs import JobStore, id_time
 from app.problems import Problem, field_error, invalid
-from app.routes.dependencies import Store, problems
+from app.routes.dependencies import GenerateCaller, Store, keyed_problems
 from app.schemas import MAX_IMAGES, JobList, JobView
 from app.sheet import contact_sheet
 from worker import protocol
@@ -25,47 +25,49 @@ MAX_PAGE = 100
 JobId = Annotated[str, Path(max_length=100)]
 
 
-@router.get("", response_model=JobList, responses=problems(422, 503))
+@router.get("", response_model=JobList, responses=keyed_problems(422, 503))
 async def list_jobs(
     store: Store,
+    caller: GenerateCaller,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
     cursor: Annotated[str | None, Query(max_length=100, description="`next` of the page before.")] = None,
 ) -> JSONResponse:
     """The caller's jobs, newest first."""
     if cursor is not None and id_time(cursor) is None:
         raise invalid([field_error("cursor", cursor, "must be `next` of the page before")])
-    jobs, after = await store.page(EVERYBODY, limit, cursor)
+    jobs, after = await store.page(caller.sees, limit, cursor)
     return JSONResponse({"jobs": jobs, "next": after})
 
 
-@router.get("/{job_id}", response_model=JobView, responses=problems(404, 410, 422, 503))
-async def get_job(job_id: JobId, store: Store) -> JSONResponse:
-    return JSONResponse(await store.get(job_id))
+@router.get("/{job_id}", response_model=JobView, responses=keyed_problems(404, 410, 422, 503))
+async def get_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONResponse:
+    return JSONResponse(await store.get(job_id, caller.sees))
 
 
-@router.delete("/{job_id}", response_model=JobView, responses={202: {"model": JobView}, **problems(404, 409, 410, 422, 503)})
-async def cancel_job(job_id: JobId, store: Store) -> JSONResponse:
+@router.delete("/{job_id}", response_model=JobView, responses={202: {"model": JobView}, **keyed_problems(404, 409, 410, 422, 503)})
+async def cancel_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONResponse:
     """200 if it was queued and is canceled now, 202 if it runs and stops at its next step, 409 once it has ended."""
-    status = await store.cancel(job_id)
+    status = await store.cancel(job_id, caller.sees)
     if status in protocol.FINAL:
         how = status if status != "canceled" else "was canceled"
         raise Problem(409, f"job {job_id} has ended already: it {how}", kind="ended")
-    return JSONResponse(await store.get(job_id), 200 if status == protocol.QUEUED else 202)
+    return JSONResponse(await store.get(job_id, caller.sees), 200 if status == protocol.QUEUED else 202)
 
 
 @router.get(
     "/{job_id}/images/{index}",
     response_class=Response,
-    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **problems(404, 410, 422, 503)},
+    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **keyed_problems(404, 410, 422, 503)},
 )
 async def get_image(
     job_id: JobId,
     index: Annotated[int, Path(ge=0, lt=MAX_IMAGES)],
     store: Store,
+    caller: GenerateCaller,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The PNG. Its bytes never change, so caches may keep it."""
-    data, digest = await store.image(job_id, index)
+    data, digest = await store.image(job_id, index, caller.sees)
     headers = _cached(digest)
     if _has(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
@@ -75,11 +77,11 @@ async def get_image(
 @router.get(
     "/{job_id}/grid",
     response_class=Response,
-    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **problems(404, 409, 410, 422, 503)},
+    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **keyed_problems(404, 409, 410, 422, 503)},
 )
-async def get_grid(job_id: JobId, store: Store, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+async def get_grid(job_id: JobId, store: Store, caller: GenerateCaller, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """All pictures of a job that has succeeded as one contact sheet, row by row."""
-    pictures = await store.images(job_id)
+    pictures = await store.images(job_id, caller.sees)
     headers = _cached(hashlib.sha256(b"".join(hashlib.sha256(picture).digest() for picture in pictures)).hexdigest())
     if _has(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
@@ -99,12 +101,14 @@ def _has(if_none_match: str | None, tag: str) -> bool:
 @router.get(
     "/{job_id}/events",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}}, **problems(404, 410, 422, 503)},
+    responses={200: {"content": {"text/event-stream": {}}}, **keyed_problems(404, 410, 422, 503)},
 )
-async def get_events(job_id: JobId, store: Store, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
+async def get_events(
+    job_id: JobId, store: Store, caller: GenerateCaller, last_event_id: Annotated[str | None, Header()] = None
+) -> StreamingResponse:
     """Server-sent events from the beginning, or after `Last-Event-ID`; closes after `done`."""
     after = _stream_id(last_event_id)
-    await store.get(job_id)  # 404 and 410 before the stream begins
+    await store.get(job_id, caller.sees)  # 404 and 410 before the stream begins
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_lines(store, job_id, after), headers=headers, media_type="text/event-stream")
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Path
 
 from app.problems import Problem
 from app.queues import LOOK, QueueState, gate_call, no_such_model, states
-from app.routes.dependencies import Store, admin_only, problems
+from app.routes.dependencies import Store, admin_only, keyed_problems
 from app.schemas import QueueList, QueueView
 from worker.protocol import DRAINING, OPEN, PAUSED
 
@@ -16,25 +16,25 @@ router = APIRouter(prefix="/queues", tags=["queues"], dependencies=[Depends(admi
 Model = Annotated[str, Path(max_length=100)]
 
 
-@router.get("", response_model=QueueList, responses=problems(503))
+@router.get("", response_model=QueueList, responses=keyed_problems(503))
 async def list_queues(store: Store) -> dict[str, Any]:
     """Of every model that was ever served."""
     return {"queues": [_view(queue) for queue in states(await store.redis.eval(LOOK, 0))]}
 
 
-@router.post("/{model}/pause", response_model=QueueView, responses=problems(404, 413, 422, 503))
+@router.post("/{model}/pause", response_model=QueueView, responses=keyed_problems(404, 413, 422, 503))
 async def pause(model: Model, store: Store) -> dict[str, Any]:
     """Workers take no more jobs of it; what runs goes on, and jobs are accepted."""
     return await _set(store, model, PAUSED)
 
 
-@router.post("/{model}/drain", response_model=QueueView, responses=problems(404, 413, 422, 503))
+@router.post("/{model}/drain", response_model=QueueView, responses=keyed_problems(404, 413, 422, 503))
 async def drain(model: Model, store: Store) -> dict[str, Any]:
     """No more jobs of it are accepted; those that wait are worked off."""
     return await _set(store, model, DRAINING)
 
 
-@router.post("/{model}/resume", response_model=QueueView, responses=problems(404, 413, 422, 503))
+@router.post("/{model}/resume", response_model=QueueView, responses=keyed_problems(404, 413, 422, 503))
 async def resume(model: Model, store: Store) -> dict[str, Any]:
     """As if it had never been paused or drained."""
     return await _set(store, model, OPEN)

@@ -1,5 +1,6 @@
 """The API in this process over a real server; what a worker would write there, the tests write."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from redis import Redis
 from starlette.testclient import TestClient
 
 from app.embedded import EmbeddedServer
+from app.keys import create_key
 from app.main import create_app
 from app.settings import Settings
 from worker import protocol
@@ -100,6 +103,19 @@ def record(serve: Callable[..., ModelRecord]) -> ModelRecord:
 
 
 @pytest.fixture
+def live(redis: Redis) -> Callable[..., None]:
+    """`live(ttl_s=30)`: what rq knows of a worker of the tiny model that was heard of as long ago as this says."""
+
+    def write(ttl_s: int = protocol.WORKER_TTL_S) -> None:
+        key = "rq:worker:of-a-test"
+        redis.hset(key, "pid", 1)
+        redis.expire(key, ttl_s)
+        redis.sadd("rq:workers:dit-tiny", key)
+
+    return write
+
+
+@pytest.fixture
 def client(bare_client: TestClient, record: ModelRecord) -> TestClient:
     """The API while one model is served."""
     return bare_client
@@ -115,6 +131,40 @@ def open_client(server: EmbeddedServer, record: ModelRecord) -> Callable[..., Ab
             yield client
 
     return opened
+
+
+@pytest.fixture
+def listen(server: EmbeddedServer, record: ModelRecord) -> Callable[..., AbstractContextManager[int]]:
+    """`with listen(**settings) as port`: the API behind a real socket, where a stream comes as it is sent."""
+
+    @contextmanager
+    def listening(**settings: Any) -> Iterator[int]:
+        api = uvicorn.Server(uvicorn.Config(app_over(server, **settings), port=0, log_level="warning", ws="none"))
+        thread = threading.Thread(target=api.run)
+        thread.start()
+        while not api.started and thread.is_alive():
+            time.sleep(0.01)
+        yield api.servers[0].sockets[0].getsockname()[1]
+        api.should_exit = True
+        thread.join()
+
+    return listening
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """Where `bearer` makes its keys; not there before the first."""
+    return tmp_path / "keys.json"
+
+
+@pytest.fixture
+def bearer(key_file: Path) -> Callable[..., dict[str, str]]:
+    """`bearer("alice", scope="generate", **limits)`: makes a key and returns the header that shows it."""
+
+    def make(name: str = "alice", scope: str = "generate", **limits: int) -> dict[str, str]:
+        return {"Authorization": f"Bearer {create_key(key_file, name, scope, **limits)[1]}"}
+
+    return make
 
 
 @pytest.fixture

@@ -270,8 +270,21 @@ def test_a_length_that_is_none_is_413(client: TestClient, length: str) -> None:
     problem_of(client.post("/generate", content=b"{}", headers={"Content-Length": length.encode("latin-1")}), 413)
 
 
-def test_a_body_of_untold_length_is_413(client: TestClient) -> None:
-    problem_of(client.post("/generate", content=iter([b"{}"])), 413)
+def test_a_body_of_untold_length_is_taken(client: TestClient) -> None:
+    answer = client.post("/generate", content=iter([b'{"class', b'_label": 0}']), headers={"Content-Type": "application/json"})
+    assert answer.request.headers["transfer-encoding"] == "chunked" and answer.status_code == 202
+
+
+def test_a_body_of_untold_length_is_413_when_it_is_too_large(client: TestClient) -> None:
+    """tests/app/test_headers.py sends one without an end."""
+    answer = client.post("/generate", content=iter([b" " * 1024] * 65), headers={"Content-Type": "application/json"})
+    assert "65536" in problem_of(answer, 413)["detail"]
+
+
+def test_a_body_of_the_largest_size_is_read(client: TestClient) -> None:
+    body = b'{"class_label": 0}'.ljust(64 * 1024)
+    for content in (body, iter([body[:40_000], body[40_000:]])):
+        assert client.post("/generate", content=content, headers={"Content-Type": "application/json"}).status_code == 202
 
 
 def test_an_unknown_path_is_404(client: TestClient) -> None:

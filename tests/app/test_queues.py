@@ -20,19 +20,7 @@ from app.routes.dependencies import admin_only
 from worker import protocol
 from worker.intake import Intake
 
-WORKER = "rq:worker:of-a-test"
-
-
-@pytest.fixture
-def live(redis: Redis) -> Callable[..., None]:
-    """`live(ttl_s=30)`: what rq knows of a worker of the tiny model that was heard of as long ago as this says."""
-
-    def write(ttl_s: int = protocol.WORKER_TTL_S) -> None:
-        redis.hset(WORKER, "pid", 1)
-        redis.expire(WORKER, ttl_s)
-        redis.sadd("rq:workers:dit-tiny", WORKER)
-
-    return write
+WORKER = "rq:worker:of-a-test"  # as the fixture `live` has it
 
 
 def take(redis: Redis) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.main import create_app
-from app.settings import Settings, load_settings
+from app.settings import Settings, check_exposure, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +47,16 @@ def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "DATA": "/state",
         "IMAGE_STORE": "redis",
         "LOG_FORMAT": "json",
+        "API_KEYS_FILE": "/keys.json",
+        "ALLOW_PUBLIC": "true",
+        "CORS_ORIGINS": "https://example.org, http://localhost:3000",
     }
     for name, value in values.items():
         monkeypatch.setenv(f"DIT_{name}", value)
-    read, switches = load_settings(), {"COMPILE": "False", "REPRODUCIBLE": "True", "BLOCK_CACHE": "True"}
+    read, switches = load_settings(), {"COMPILE": "False", "REPRODUCIBLE": "True", "BLOCK_CACHE": "True", "ALLOW_PUBLIC": "True"}
     assert {name: str(getattr(read, name.lower())) for name in values} == {**values, **switches}
-    assert {name.upper() for name in Settings.model_fields} == {*values, "API_KEYS_FILE"}
+    assert {name.upper() for name in Settings.model_fields} == {*values}
+    assert read.origins == ["https://example.org", "http://localhost:3000"]
 
 
 def test_a_file_env_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +80,10 @@ def test_a_file_env_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch
         ("DIT_COMPILE", "maybe", "boolean"),
         ("DIT_LOG_FORMAT", "xml", "'text' or 'json'"),
         ("DIT_IMAGE_STORE", "s3://bucket", "only 'redis'"),
-        ("DIT_API_KEYS_FILE", "keys.json", "not supported"),
+        ("DIT_ALLOW_PUBLIC", "perhaps", "boolean"),
+        ("DIT_CORS_ORIGINS", "example.org", "without a path"),
+        ("DIT_CORS_ORIGINS", "https://example.org/page", "without a path"),
+        ("DIT_CORS_ORIGINS", "https://example.org, null", "got 'null'"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_variable_and_what_is_allowed(
@@ -86,6 +93,22 @@ def test_a_wrong_value_is_told_with_its_variable_and_what_is_allowed(
     with pytest.raises(ValueError) as told:
         load_settings()
     assert str(told.value).startswith(f"{name}={value}: ") and allowed in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_an_address_of_this_machine_alone_needs_no_keys(host: str) -> None:
+    check_exposure(Settings(host=host))
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "192.168.1.7", "10.0.0.1", "fe80::1%eth0", "api.example.org", "localhost.example.org", "127.1"]
+)
+def test_an_address_that_others_reach_needs_keys_or_a_word(host: str) -> None:
+    with pytest.raises(ValueError, match="DIT_API_KEYS_FILE") as told:
+        check_exposure(Settings(host=host))
+    assert str(told.value).startswith(f"DIT_HOST={host}: ") and "DIT_ALLOW_PUBLIC=true" in str(told.value)
+    check_exposure(Settings(host=host, allow_public=True))
+    check_exposure(Settings(host=host, api_keys_file=Path("keys.json")))
 
 
 def test_the_api_alone_needs_a_redis() -> None:

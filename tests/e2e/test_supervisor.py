@@ -111,8 +111,12 @@ def test_a_wrong_variable_is_told(own_service: Callable[..., Any]) -> None:
     assert "DIT_MAX_ROWS=many" in refusal(own_service(DIT_MAX_ROWS="many"))
 
 
-def test_keys_that_would_protect_nothing_are_refused(own_service: Callable[..., Any]) -> None:
-    assert "DIT_API_KEYS_FILE" in refusal(own_service(DIT_API_KEYS_FILE="keys.json"))
+def test_a_key_file_that_is_not_there_is_told(own_service: Callable[..., Any]) -> None:
+    assert "DIT_API_KEYS_FILE=keys.json: No such file" in refusal(own_service(DIT_API_KEYS_FILE="keys.json"))
+
+
+def test_an_address_that_others_reach_is_refused_without_keys(own_service: Callable[..., Any]) -> None:
+    assert "DIT_HOST=0.0.0.0: others reach" in refusal(own_service(DIT_HOST="0.0.0.0"))
 
 
 def test_a_redis_that_does_not_answer_is_told(own_service: Callable[..., Any]) -> None:
