@@ -1,73 +1,113 @@
-// The pictures, newest job first. A tile is noise until its picture comes.
+// The pictures, the newest run first. A tile is noise until its picture comes; what has come stays after a reload.
 
-import { labelOf } from "./form.js";
-import { noiseTile } from "./noise.js";
+import { fileName } from "./curl.js";
+import { count, element, field, say } from "./dom.js";
+import { fade, forget, isSmall, pictureFrame, showPreview, urlOf, waitingFrame } from "./frame.js";
+import { countOf } from "./runs.js";
+import { sheetTable } from "./sheet.js";
 
-const PIXELS_MAX = 128; // up to this natural size a picture is enlarged without blur
+const gallery = field("gallery");
+const shown = new Map(); // run's id → {run, pictures, node}
 
-const gallery = document.getElementById("gallery");
+/** Puts a run on top; returns what shows it there. `act` has open, again and copy, each for a picture. */
+export function showRun(run, pictures, act) {
+  const { node, places } = run.kind === "sheet" ? sheetTable(run) : tiles(run);
+  const entry = { run, pictures: [], node };
+  gallery.classList.toggle("large", !isSmall(run.image_size));
+  shown.get(run.id)?.node.remove();
+  shown.set(run.id, entry);
+  gallery.prepend(node);
 
-function element(name, properties, ...children) {
-  const node = Object.assign(document.createElement(name), properties);
-  node.append(...children);
-  return node;
-}
-
-/** Opens the tiles of a new job; returns what shows the job in them. */
-export function openRun(job, model, onReuse) {
-  const { seed, num_images: count } = job.request;
-  const tiles = Array.from({ length: count }, (_, index) => pendingTile(job, index, model));
-  const run = element("div", { className: "run" }, ...tiles);
-  gallery.classList.toggle("large", model.image_size > PIXELS_MAX);
-  gallery.prepend(run);
-  document.getElementById("empty").hidden = true;
-
-  return {
-    show(job) {
-      const { step = 0, steps = 0 } = job.progress ?? {};
-      for (const canvas of run.querySelectorAll("canvas")) canvas.style.opacity = 1 - 0.75 * (steps ? step / steps : 0);
-      for (const image of job.images ?? []) {
-        const index = image.index ?? image.seed - seed;
-        if (tiles[index]?.className === "pending") placePicture(tiles[index], { ...image, index }, job, model, onReuse);
-      }
+  const view = {
+    share(jobId, share) {
+      for (const [id, place] of places) if (id.startsWith(jobId)) fade(place, share);
     },
-    /** Takes away the tiles whose pictures will not come. */
+    preview(jobId, { index, image }) {
+      const place = places.get(`${jobId}/${index}`);
+      if (place?.classList.contains("pending")) showPreview(place.querySelector(".frame"), image, run.image_size);
+    },
+    picture(picture) {
+      const place = places.get(picture.id);
+      if (!place?.classList.contains("pending")) return;
+      place.querySelector(".frame").replaceWith(pictureFrame(picture, act.open));
+      place.querySelector(".links")?.append(...actions(picture, act));
+      place.classList.replace("pending", "picture");
+      entry.pictures.push(picture);
+      tell();
+    },
+    /** Takes away the places whose pictures will not come. */
     close() {
-      for (const tile of run.querySelectorAll(".pending")) tile.remove();
+      for (const place of places.values()) if (place.matches("figure.pending")) place.remove();
+      for (const frame of node.querySelectorAll("td.pending .frame")) frame.replaceChildren();
+      if (entry.pictures.length === 0) remove([run.id]);
     },
   };
+  for (const picture of pictures) view.picture(picture);
+  tell();
+  return view;
 }
 
-const classOf = ({ class_label: label }, index) => (Array.isArray(label) ? label[index] : label);
+/** The ids of runs that are not of `running`; all of them leave the page. */
+export function clear(running) {
+  const ids = [...shown.keys()].filter((id) => !running.includes(id));
+  remove(ids);
+  return ids;
+}
 
-/** Noise over the caption the picture will have, so that nothing moves when it comes. */
-function pendingTile({ request }, index, model) {
+export function remove(ids) {
+  for (const id of ids) {
+    const { pictures, node } = shown.get(id) ?? { pictures: [] };
+    node?.remove();
+    pictures.forEach((picture) => forget(picture.id));
+    shown.delete(id);
+  }
+  tell();
+}
+
+function tell() {
+  const number = [...shown.values()].reduce((sum, { pictures }) => sum + pictures.length, 0);
+  field("empty").hidden = shown.size > 0;
+  field("pictures-bar").hidden = shown.size === 0;
+  field("clear").disabled = number === 0;
+  say(field("kept"), count(number, "picture"));
+}
+
+/** Places that stand in the gallery's own grid, so that runs of one picture do not each take a line. */
+function tiles(run) {
+  const places = new Map();
+  for (const job of run.jobs) {
+    for (let index = 0; index < countOf(job.request); index += 1) places.set(`${job.id}/${index}`, tile(run, job, index));
+  }
+  return { node: element("div", { className: "run" }, ...places.values()), places };
+}
+
+/** Noise over the caption that the picture will have, so that nothing moves when it comes. */
+function tile(run, { id, request }, index) {
+  const name = run.names[index];
   const seed = request.seed + index;
-  const label = labelOf(model, classOf(request, index));
-  const caption = element(
-    "figcaption",
-    {},
-    element("strong", { title: label }, label),
-    element("span", { className: "seed" }, `seed ${seed}`),
-    element("span", {}, `guidance ${request.guidance_scale} · ${request.steps} steps`),
-    element("span", { className: "links" }),
+  const figure = element(
+    "figure",
+    { className: "pending" },
+    waitingFrame(seed, run.image_size),
+    element(
+      "figcaption",
+      {},
+      element("strong", { title: name }, name),
+      element("span", { className: "seed" }, `seed ${seed}`),
+      element("span", {}, `guidance ${request.guidance_scale} · ${count(request.steps, "step")}`),
+      element("span", { className: "links" }),
+    ),
   );
-  return element("figure", { className: "pending", ariaHidden: "true" }, noiseTile(seed, model.image_size), caption);
+  Object.assign(figure.dataset, { job: id, index, seed });
+  return figure;
 }
 
-function placePicture(figure, { index, url, seed }, { id, request }, model, onReuse) {
-  const classLabel = classOf(request, index);
-  const label = labelOf(model, classLabel);
-  const image = element("img", { src: url, alt: `${label}, seed ${seed}` });
-  image.addEventListener("load", () => {
-    image.classList.toggle("pixels", image.naturalWidth <= PIXELS_MAX);
-    figure.querySelector("canvas").replaceWith(image);
-  });
-  const file = `${label.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-")}-${seed}.png`;
-  const again = element("button", { type: "button", title: "Put these settings into the form" }, "Use settings");
-  again.addEventListener("click", () => onReuse({ classLabel, seed, request }));
-  figure.querySelector(".links").append(element("a", { href: url, download: file }, "Download"), again);
-  figure.className = "picture";
-  figure.ariaHidden = null;
-  Object.assign(figure.dataset, { job: id, index, seed });
+function actions(picture, act) {
+  const button = (text, title, does) => {
+    const node = element("button", { type: "button", title, ariaLabel: `${title}: ${picture.name}, seed ${picture.seed}` }, text);
+    node.addEventListener("click", () => does(picture, node));
+    return node;
+  };
+  const link = element("a", { href: urlOf(picture), download: fileName(picture), ariaLabel: `Download: ${fileName(picture)}` }, "Download");
+  return [button("Again", "Again with this seed", act.again), link, button("curl", "Copy as curl", act.copy)];
 }

@@ -1,176 +1,228 @@
-// The page: the state of the service, and one job at a time from Generate to its pictures.
+// The page: what is made, from a press of a button to the pictures, and again after a reload.
 
-import { call, follow, Problem } from "./api.js";
-import { fillModel, fillModels, markInvalid, nameOf, readRequest, reuse, unreadable } from "./form.js";
-import { openRun } from "./gallery.js";
+import { clearActivity, sayStatus, showActivity, showEnd } from "./activity.js";
+import { element, field } from "./dom.js";
+import { fillModel, fillModels, readRequest, reuse, showErrors, unreadable } from "./form.js";
+import { clear, remove, showRun } from "./gallery.js";
+import { isFinal } from "./follow.js";
+import { call, Problem } from "./http.js";
+import { installKey } from "./key.js";
 import { denoisingStrip } from "./noise.js";
+import { runOf, submit, watch } from "./runs.js";
+import { resumeSamples, showSamples } from "./samples.js";
+import { lookAgain, sayReady, watchService } from "./service.js";
+import { fillSheet, sheetRequests } from "./sheet.js";
+import { canKeep, deleteRuns, loadRuns, surplus } from "./store.js";
+import { copyCurl, installViewer, openViewer } from "./viewer.js";
 
-const SERVICE_MS = 3000; // between looks at /readyz while no picture could be made
-const READY_MS = 15000; // and while one could
-
-const [form, service, problem, generate, cancel, progress, status, step] = [
-  "request", "service", "problem", "generate", "cancel", "progress", "status", "step",
-].map((id) => document.getElementById(id));
+const ADOPTED = 3; // running jobs of the caller that the page did not begin itself, but shows
+const [generate, sheet, cancel] = [field("generate"), field("sheet"), field("cancel")];
 
 let models = [];
 let model = null;
-let job = null; // the one being made
-let busy = false;
-let canceling = false; // asked for, not yet told by the server
+let sending = false;
+let mustResume = true; // runs of before a reload, or of before a key was given
+const active = []; // {run, canceling, made}: what is under way; the line under the buttons tells of the last
+const act = { open: openViewer, again, copy: copyCurl };
 
-// The service
+// The service and its models
 
-async function watchService() {
-  for (;;) {
-    const ready = await lookAtService();
-    await new Promise((wake) => setTimeout(wake, ready ? READY_MS : SERVICE_MS));
-  }
-}
-
-async function lookAtService() {
-  try {
-    await call("GET", "/readyz");
-    if (!model) await loadModels();
-    sayReady();
-    return true;
-  } catch (error) {
-    if (!(error instanceof Problem)) throw error;
-    if (error.status === 0) sayService("unreachable", "The server does not answer");
-    else sayService("no-worker", "Waiting for a worker");
-    return false;
-  }
-}
-
-async function loadModels() {
-  ({ models } = await call("GET", "/models"));
-  if (models.length === 0) throw new Problem({ title: "No model is served", status: 503 });
+async function serviceReady(now) {
+  models = now;
   fillModels(models);
-  choose(models[0]);
+  await choose(models.find(({ id }) => id === field("model").value) ?? models[0]);
+  if (mustResume) await resume();
 }
 
-function choose(chosen) {
+async function choose(chosen) {
+  const isAnother = chosen.id !== model?.id || chosen.labels.length !== model.labels.length;
   model = chosen;
-  fillModel(model);
-  if (service.dataset.state === "ready") sayReady();
-  setBusy(busy);
+  sayReady(model);
+  if (isAnother) {
+    fillModel(model);
+    fillSheet(model);
+  }
+  await showSamples(model, models.map(({ checkpoint }) => checkpoint));
+  setBusy();
 }
 
-const sayReady = () => sayService("ready", `Ready: ${model.id}, ${model.image_size} × ${model.image_size}`);
+// From a request to its pictures
 
-function sayService(state, text) {
-  service.dataset.state = state;
-  if (service.textContent !== text) service.textContent = text; // an unchanged line is not read out again
-}
-
-// One job
-
-async function make() {
+async function make(kind) {
   clearProblem();
-  const errors = unreadable();
-  if (errors.length) return showProblem(new Problem({ title: "Please look at these", errors }));
-  const began_ms = performance.now();
-  setBusy(true);
-  sayStatus("sending", "Sending…");
-  progress.value = 0;
-  let run = null;
   try {
-    job = await call("POST", "/generate", readRequest());
-    cancel.disabled = false;
-    run = openRun(job, models.find(({ id }) => id === job.request.model) ?? model, reuse);
-    job = await follow(job, (now) => showJob((job = now), run));
-    showEnd(job, (performance.now() - began_ms) / 1000);
+    const errors = unreadable();
+    if (errors.length) throw new Problem({ title: "This cannot be read", errors });
+    const request = readRequest();
+    const bodies = kind === "sheet" ? sheetRequests(request, model) : [request];
+    sending = true;
+    setBusy();
+    sayStatus("sending", "Sending…");
+    const { run, problem } = await submit(kind, bodies, models.find(({ id }) => id === request.model) ?? model);
+    if (problem) showProblem(problem, kind);
+    sending = false;
+    lookAgain();
+    await show(run);
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
-    sayStatus("idle", "");
-    showProblem(error);
+    if (active.length === 0) clearActivity();
+    showProblem(error, kind);
   } finally {
-    run?.close();
-    job = null;
-    canceling = false;
-    setBusy(false);
+    sending = false;
+    setBusy();
   }
 }
 
-function showJob(job, run) {
-  run.show(job);
-  const { step: at = 0, steps = 0 } = job.progress ?? {};
-  const count = job.request.num_images;
-  progress.max = steps || 1;
-  progress.value = at;
-  step.textContent = job.status === "running" && steps ? `step ${at} of ${steps}` : "";
-  cancel.disabled = canceling;
-  if (canceling || job.status === "canceling") return sayStatus("canceling", "Canceling…");
-  if (job.status === "queued") sayStatus("queued", inLine(job.queue_position));
-  if (job.status === "running") sayStatus("running", count === 1 ? "Making 1 picture" : `Making ${count} pictures`);
+/** Shows a run until it has ended. `kept`: its pictures that are here from before a reload. */
+async function show(run, kept = []) {
+  const view = showRun(run, kept, act);
+  const entry = { run, canceling: false, made: kept.length };
+  active.push(entry);
+  setBusy();
+  const hear = {
+    jobs(jobs) {
+      for (const { id, progress, request } of jobs) view.share(id, progress.step / request.steps);
+      if (entry === active.at(-1)) showActivity(jobs, entry);
+    },
+    preview: (job, event) => view.preview(job.id, event),
+    picture(picture) {
+      entry.made += 1;
+      view.picture(picture);
+    },
+  };
+  try {
+    const jobs = await watch(run, hear, new Set(kept.map(({ id }) => id)));
+    view.close();
+    run.ended = true;
+    if (entry.made === 0) await deleteRuns([run.id]);
+    if (entry === active.at(-1)) ended(jobs, entry);
+    await makeRoom();
+  } finally {
+    active.splice(active.indexOf(entry), 1);
+    setBusy();
+    if (!mustResume) lookAgain(); // else a key is needed, or this is the first look
+  }
 }
 
-const inLine = (ahead) => {
-  if (ahead == null) return "Queued";
-  return ahead === 0 ? "Queued, next in line" : `Queued, ${ahead} ${ahead === 1 ? "job" : "jobs"} ahead`;
-};
+function ended(jobs, { made }) {
+  const wrong = showEnd(jobs, made);
+  if (wrong) showProblem(new Problem(wrong));
+}
 
-function showEnd({ status: end, images, error }, seconds) {
-  const made = images?.length ?? 0;
-  const pictures = made === 1 ? "1 picture" : `${made} pictures`;
-  progress.value = end === "succeeded" ? progress.max : 0;
-  step.textContent = "";
-  if (end === "succeeded") sayStatus(end, `${pictures} in ${seconds.toFixed(1)} s`);
-  if (end === "canceled") sayStatus(end, made ? `Canceled after ${pictures}` : "Canceled");
-  if (end === "failed") {
-    sayStatus(end, "Failed");
-    showProblem(new Problem({ title: "The job failed", detail: error?.detail ?? error?.title ?? error ?? "" }));
-  }
+async function makeRoom() {
+  const old = surplus(await loadRuns());
+  if (old.length === 0) return;
+  remove(old);
+  await deleteRuns(old);
 }
 
 async function stop() {
-  generate.focus(); // a disabled button loses the focus
-  canceling = cancel.disabled = true;
+  const entry = active.at(-1);
+  entry.canceling = true;
+  setBusy();
   sayStatus("canceling", "Canceling…");
   try {
-    await call("DELETE", `/jobs/${job.id}`);
+    for (const { id } of entry.run.jobs) await call("DELETE", `/jobs/${id}`).catch(unlessEnded);
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
-    canceling = cancel.disabled = false;
-    if (error.status !== 409) showProblem(error); // 409: it ended by itself
+    entry.canceling = false;
+    setBusy();
+    showProblem(error);
   }
 }
 
-function setBusy(now) {
-  busy = now;
-  if (!busy && document.activeElement === cancel) generate.focus();
-  generate.setAttribute("aria-disabled", String(busy || !model));
-  if (!busy) cancel.disabled = true;
+function unlessEnded(error) {
+  if (error.status !== 409) throw error;
 }
 
-function sayStatus(state, text) {
-  status.dataset.state = state;
-  if (status.textContent !== text) status.textContent = text;
+function setBusy() {
+  const busy = sending || active.length > 0;
+  const isStopping = !active.length || active.at(-1).canceling;
+  if (isStopping && document.activeElement === cancel) generate.focus(); // a disabled button loses the focus
+  for (const button of [generate, sheet]) button.setAttribute("aria-disabled", String(busy || !model));
+  cancel.disabled = isStopping;
 }
+
+function again(picture) {
+  reuse(picture);
+  clearProblem();
+  generate.focus({ preventScroll: true });
+  generate.scrollIntoView({ block: "center" });
+  if (active.length === 0) sayStatus("idle", "The form holds this picture's settings.");
+}
+
+// What was there before a reload
+
+async function showKept() {
+  for (const { run, pictures } of await loadRuns()) {
+    if (pictures.length) showRun(run, pictures, act).close();
+  }
+}
+
+/** Goes on with what has not ended: runs of this browser, and a few jobs that the caller began elsewhere. */
+async function resume() {
+  mustResume = false;
+  const kept = await loadRuns();
+  const known = new Set([...kept.map(({ run }) => run), ...active.map(({ run }) => run)].flatMap(({ jobs }) => jobs.map(({ id }) => id)));
+  for (const { run, pictures } of kept) {
+    if (run.ended || active.some((entry) => entry.run.id === run.id)) continue;
+    if (run.kind === "samples") quietly(resumeSamples(run));
+    else quietly(show(run, pictures));
+  }
+  const { jobs } = await call("GET", "/jobs?limit=20");
+  const others = jobs.filter((job) => !isFinal(job) && !known.has(job.id)).slice(0, ADOPTED);
+  for (const job of others.reverse()) quietly(show(runOf("pictures", [job], models.find(({ id }) => id === job.request.model))));
+}
+
+const quietly = (promise) =>
+  promise.catch((error) => {
+    if (!(error instanceof Problem)) throw error; // a key is needed, which its own field tells
+  });
 
 // Problems
 
-function showProblem({ title, detail, errors, retryAfter }) {
-  const paragraph = (name, text) => Object.assign(document.createElement(name), { textContent: text });
-  const lines = errors.map(({ field, detail: what }) => paragraph("li", `${nameOf(field)}: ${what}`));
-  const list = document.createElement("ul");
-  list.append(...lines);
-  const wait = retryAfter ? ` Try again in ${retryAfter} s.` : "";
-  problem.replaceChildren(paragraph("strong", title));
-  if (lines.length) problem.append(list);
-  else if (detail || wait) problem.append(paragraph("p", `${detail}${wait}`.trim()));
-  markInvalid(errors.map(({ field }) => field));
+function showProblem({ title, detail, errors = [], retryAfter }, kind) {
+  const renamed = kind === "sheet" ? errors.map(sheetError) : errors;
+  const lines = showErrors(renamed).map((line) => element("li", {}, line));
+  const text = `${lines.length ? "" : detail}${retryAfter ? ` Try again in ${retryAfter} s.` : ""}`.trim();
+  field("problem").replaceChildren(
+    element("strong", {}, title),
+    ...(lines.length ? [element("ul", {}, ...lines)] : []),
+    ...(text ? [element("p", {}, text)] : []),
+  );
+}
+
+/** A sheet's guidance and classes come from fields of their own. */
+function sheetError(error) {
+  const own = { guidance_scale: "sheet-guidance", class_label: "sheet-classes" };
+  return { ...error, field: own[error.field] ?? error.field };
 }
 
 function clearProblem() {
-  problem.replaceChildren();
-  markInvalid([]);
+  field("problem").replaceChildren();
+  showErrors([]);
 }
 
-form.addEventListener("submit", (event) => {
+const isFree = (button) => button.getAttribute("aria-disabled") === "false";
+
+field("request").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (generate.getAttribute("aria-disabled") === "false") make();
+  if (isFree(generate)) make("pictures");
 });
+sheet.addEventListener("click", () => isFree(sheet) && make("sheet"));
 cancel.addEventListener("click", stop);
-document.getElementById("model").addEventListener("change", (event) => choose(models.find(({ id }) => id === event.target.value)));
-document.getElementById("denoising").append(...denoisingStrip(6));
-watchService();
+field("model").addEventListener("change", ({ target }) => choose(models.find(({ id }) => id === target.value)));
+field("clear").addEventListener("click", () => field("confirm").showModal());
+field("confirm").addEventListener("close", async ({ target }) => {
+  if (target.returnValue === "clear") await deleteRuns(clear(active.map(({ run }) => run.id)));
+  target.returnValue = "";
+});
+field("denoising").append(...denoisingStrip(6));
+installViewer(again);
+installKey(() => {
+  mustResume = true;
+  lookAgain();
+});
+await showKept();
+field("kept-hint").hidden = await canKeep();
+watchService(serviceReady);
