@@ -13,7 +13,7 @@ import { resumeSamples, showSamples } from "./samples.js";
 import { lookAgain, sayReady, watchService } from "./service.js";
 import { fillSheet, sheetRequests } from "./sheet.js";
 import { canKeep, deleteRuns, loadRuns, surplus } from "./store.js";
-import { copyCurl, installViewer, openViewer } from "./viewer.js";
+import { copyCommand, installViewer, openViewer } from "./viewer.js";
 
 const ADOPTED = 3; // running jobs of the caller that the page did not begin itself, but shows
 const [generate, sheet, cancel] = [field("generate"), field("sheet"), field("cancel")];
@@ -23,7 +23,7 @@ let model = null;
 let sending = false;
 let mustResume = true; // runs of before a reload, or of before a key was given
 const active = []; // {run, canceling, made}: what is under way; the line under the buttons tells of the last
-const act = { open: openViewer, again, copy: copyCurl };
+const act = { open: openViewer, again, copy: copyCommand };
 
 // The service and its models
 

@@ -11,7 +11,7 @@ let current = null;
 /** `again`: what puts the picture's settings into the form. */
 export function installViewer(again) {
   field("viewer-close").addEventListener("click", () => dialog.close());
-  field("viewer-copy").addEventListener("click", () => copyCurl(current));
+  field("viewer-copy").addEventListener("click", () => copyCommand(current));
   field("viewer-again").addEventListener("click", () => {
     dialog.close();
     again(current);
@@ -45,7 +45,7 @@ function facts({ seed, request, checkpoint }) {
 }
 
 /** Copies the command of a picture; `button`, if any, says so. Where a page may not copy, the command is shown, marked. */
-export async function copyCurl(picture, button) {
+export async function copyCommand(picture, button) {
   try {
     await navigator.clipboard.writeText(curlOf(picture));
     if (!button) return say(field("viewer-said"), "Copied.");
