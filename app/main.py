@@ -24,11 +24,11 @@ def create_app(settings: Settings) -> FastAPI:
     """The API over the Redis that `settings.redis_url` names."""
     if settings.redis_url is None:
         raise ValueError("DIT_REDIS_URL must be set for the API alone (`dit up` brings a server of its own)")
-    url = settings.redis_url
+    url, options = settings.redis_url, {**CONNECTION, "password": settings.redis_password}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sync, connection = Redis.from_url(url, **CONNECTION), AsyncRedis.from_url(url, **CONNECTION)
+        sync, connection = Redis.from_url(url, **options), AsyncRedis.from_url(url, **options)
         app.state.jobs = JobStore(sync, connection, queue_limit=settings.queue_limit, result_ttl_s=settings.result_ttl)
         yield
         await connection.aclose()
