@@ -6,9 +6,9 @@ ENV PATH=/opt/dit/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/dit
-# Folders that the worker writes belong to its user; a new volume takes over its owner and what is in it.
+# Folders that are written belong to who writes them; a new volume takes over the owner and what is in it.
 RUN useradd --uid 10001 --user-group --create-home dit \
- && install --directory --owner dit --group dit /data /checkpoints
+ && install --directory --owner dit --group dit /data /checkpoints /keys
 WORKDIR /src
 # The packages of pyproject.toml are named without being there: what is installed for now is what they depend on.
 COPY pyproject.toml constraints.txt ./

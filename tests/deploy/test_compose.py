@@ -78,12 +78,16 @@ def test_the_api_is_published_on_this_machine_unless_told_otherwise(services: di
     assert services["api"]["read_only"] and services["api"]["tmpfs"] == ["/tmp"]
 
 
-def test_without_keys_the_api_is_told_so_and_with_keys_it_reads_them_from_a_secret(services: dict[str, Any]) -> None:
+def test_without_keys_the_api_is_told_so_and_with_keys_it_reads_what_dit_key_writes(services: dict[str, Any]) -> None:
     assert services["api"]["environment"]["DIT_ALLOW_PUBLIC"] == "true"
     with_keys = load(BASE, KEYS)
-    api = with_keys["services"]["api"]
-    assert api["environment"]["DIT_API_KEYS_FILE"] == "/run/secrets/api-keys" and api["environment"]["DIT_ALLOW_PUBLIC"] == "false"
-    assert api["secrets"] == ["redis-password", "api-keys"] and set(with_keys["secrets"]) == set(api["secrets"])
+    api, keys = with_keys["services"]["api"], with_keys["services"]["keys"]
+    file = api["environment"]["DIT_API_KEYS_FILE"]
+    assert api["environment"]["DIT_ALLOW_PUBLIC"] == "false" and keys["environment"]["DIT_API_KEYS_FILE"] == file
+    assert api["volumes"] == ["keys:/keys:ro"] and keys["volumes"] == ["keys:/keys"] and "keys" in with_keys["volumes"]
+    assert str(Path(file).parent) == "/keys", "a file by itself would go on showing what it was before it was replaced"
+    assert any("/keys" in run.split() for run in stages()["python"].all("RUN")), "or the volume would be root's"
+    assert keys["entrypoint"] == ["dit", "key"] and keys["profiles"] == ["keys"]
 
 
 def test_no_secret_is_in_an_environment_or_a_command(services: dict[str, Any]) -> None:
