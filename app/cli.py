@@ -27,6 +27,8 @@ app.add_typer(key, name="key")
 
 queues = typer.Typer()
 app.add_typer(queues, name="queues")
+health = typer.Typer(help="For health checks: status 0, or 1 and what is wrong.", no_args_is_help=True)
+app.add_typer(health, name="health")
 
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of IDX files, or of one sub-folder of images per class.")]
 CONFIGURATION_ERROR = 78  # see app.local: the supervisor does not start such a child again
@@ -259,7 +261,7 @@ def list_models_command(
     settings = _settings()
     usage, unknown = None, "DIT_REDIS_URL is not set, and no `dit up` runs"
     try:
-        usage = find_usage(settings.redis_url, settings.data)
+        usage = find_usage(settings.redis_url, settings.data, settings.redis_password)
     except UsageUnknown as reason:
         unknown = str(reason)
     if usage is None:
@@ -379,7 +381,7 @@ def _usage(force: bool) -> "Usage | None":
 
     settings = _settings()
     try:
-        return find_usage(settings.redis_url, settings.data)
+        return find_usage(settings.redis_url, settings.data, settings.redis_password)
     except UsageUnknown as reason:
         if not force:
             fail(f"nothing is removed while jobs may need it ({reason}); --force removes it all the same")
@@ -502,7 +504,7 @@ def _redis() -> "Redis":
 
     settings = _settings()
     try:
-        client = open_redis(settings.redis_url, settings.data)
+        client = open_redis(settings.redis_url, settings.data, settings.redis_password)
     except ValueError as error:
         fail(f"DIT_REDIS_URL: {error}", CONFIGURATION_ERROR)
     if client is None:
@@ -633,6 +635,11 @@ def worker_command() -> None:
         fail("DIT_REDIS_URL must be set for a worker alone (`dit up` brings a server of its own)", CONFIGURATION_ERROR)
     log_to_stderr(settings.log_format)
     end_with_supervisor()
+    from worker.gpus import see_only_ones_own
+    from worker.pulse import pulse_path
+
+    if settings.device == "auto":
+        see_only_ones_own(settings.data)
     # Before torch is imported, which reads it once: compiled graphs outlive the process, so that a second start is quick.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data.resolve() / "compiled"))
     from worker.serve import serve
@@ -640,6 +647,7 @@ def worker_command() -> None:
     try:
         serve(
             redis_url=settings.redis_url,
+            redis_password=settings.redis_password,
             registry=settings.checkpoints,
             models=settings.models,
             device=settings.device,
@@ -651,9 +659,35 @@ def worker_command() -> None:
             drain_s=settings.drain_seconds,
             hang_s=settings.hang_seconds,
             trace=settings.trace,
+            pulse=pulse_path(settings.data),
         )
     except ValueError as error:  # CheckpointError is one
         fail(str(error), CONFIGURATION_ERROR)
+
+
+@health.command("api")
+def api_health_command() -> None:
+    """Whether the API of this machine answers."""
+    from app.health import ailment
+
+    settings = _settings()
+    _tell_health("the API", ailment(settings.host, settings.port))
+
+
+@health.command("worker")
+def worker_health_command(
+    alive: Annotated[bool, typer.Option("--alive", help="Only whether its loop goes round: what a restart could mend.")] = False,
+) -> None:
+    """Whether the worker of this host goes round its loop, is known to Redis and serves a model."""
+    from worker.pulse import ailment, pulse_path
+
+    _tell_health("the worker", ailment(pulse_path(_settings().data), only_alive=alive))
+
+
+def _tell_health(who: str, ailment: str | None) -> None:
+    if ailment is not None:
+        fail(ailment)
+    typer.echo(f"{who} is well")
 
 
 def _settings() -> "Settings":

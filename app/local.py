@@ -161,7 +161,7 @@ def _run(settings: Settings, children: list[Child], stop: threading.Event) -> No
         if settings.redis_url:
             url = settings.redis_url
             say("using the Redis of DIT_REDIS_URL")
-            _check_redis(url)
+            _check_redis(url, settings.redis_password)
         else:
             say(f"starting the embedded Valkey, its data in {settings.data.resolve()}")
             server = EmbeddedServer(settings.data)
@@ -272,9 +272,9 @@ def _check_port(host: str, port: int) -> None:
         time.sleep(0.2)
 
 
-def _check_redis(url: str) -> None:
+def _check_redis(url: str, password: str | None) -> None:
     try:
-        with Redis.from_url(url, protocol=2, socket_timeout=5) as client:
+        with Redis.from_url(url, password=password, protocol=2, socket_timeout=5) as client:
             client.ping()
     except (RedisError, OSError, ValueError) as error:
         raise StartError(f"the Redis of DIT_REDIS_URL does not answer: {error}") from error

@@ -25,12 +25,12 @@ def create_app(settings: Settings) -> FastAPI:
     """The API over the Redis that `settings.redis_url` names. ValueError for what is missing or wrong."""
     if settings.redis_url is None:
         raise ValueError("DIT_REDIS_URL must be set for the API alone (`dit up` brings a server of its own)")
-    url = settings.redis_url
+    url, options = settings.redis_url, {**CONNECTION, "password": settings.redis_password}
     keys = None if settings.api_keys_file is None else KeyFile(settings.api_keys_file)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sync, connection = Redis.from_url(url, **CONNECTION), AsyncRedis.from_url(url, **CONNECTION)
+        sync, connection = Redis.from_url(url, **options), AsyncRedis.from_url(url, **options)
         app.state.jobs = JobStore(
             sync,
             connection,

@@ -4,8 +4,9 @@ import ipaddress
 import re
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from worker.protocol import MAX_RESULT_TTL_S
@@ -19,6 +20,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     redis_url: str | None = None  # unset: `dit up` starts an embedded server
+    redis_password_file: Path | None = None  # so that the password is in no environment, which whoever sees the process can read
     checkpoints: Path = Path("checkpoints")  # the registry: one folder per model
     model: str | None = None  # several with commas between them; unset: all that the registry has
     device: str = "auto"  # auto, cpu, cuda, cuda:1 …
@@ -49,6 +51,28 @@ class Settings(BaseSettings):
     def origins(self) -> list[str]:
         """The origins whose pages may call the API from a browser."""
         return _listed(self.cors_origins)
+
+    @property
+    def redis_password(self) -> str | None:
+        """Given to each client of `redis_url` besides it; without the line's end that an editor leaves."""
+        return self.redis_password_file.read_text().strip() if self.redis_password_file else None
+
+    @field_validator("redis_password_file")
+    @classmethod
+    def _one_password_that_can_be_read(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None:
+            return None
+        url = info.data.get("redis_url")
+        if url is None:
+            raise ValueError("it goes with DIT_REDIS_URL, which is not set")
+        if urlsplit(url).password is not None:
+            raise ValueError("DIT_REDIS_URL has a password too; one of the two must go")
+        try:
+            if not value.read_text().strip():
+                raise ValueError("the file is empty")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from error
+        return value
 
     @field_validator("image_store")
     @classmethod

@@ -34,7 +34,7 @@ class Usage:
         return f"{count} {'job waits for it or runs' if count == 1 else 'jobs wait for it or run'} on it" if count else None
 
 
-def open_redis(redis_url: str | None, data: Path) -> Redis | None:
+def open_redis(redis_url: str | None, data: Path, password: str | None = None) -> Redis | None:
     """A client of DIT_REDIS_URL, or of the server of a `dit up` over this data folder; None where there is neither.
 
     Whether it answers is not asked. ValueError for a URL that is none.
@@ -42,13 +42,13 @@ def open_redis(redis_url: str | None, data: Path) -> Redis | None:
     embedded = EmbeddedServer(data)
     if redis_url is None and not embedded.socket.exists():
         return None
-    return Redis.from_url(redis_url or embedded.url, protocol=2, socket_timeout=5)
+    return Redis.from_url(redis_url or embedded.url, password=password, protocol=2, socket_timeout=5)
 
 
-def find_usage(redis_url: str | None, data: Path) -> Usage | None:
+def find_usage(redis_url: str | None, data: Path, password: str | None = None) -> Usage | None:
     """None where no Redis is configured and no `dit up` has ever kept jobs in this data folder. Raises UsageUnknown."""
     try:
-        client = open_redis(redis_url, data)
+        client = open_redis(redis_url, data, password)
         if client is None:
             if EmbeddedServer(data).folder.exists():
                 raise UsageUnknown(f"jobs may wait in {data}, whose server does not run: `dit up` starts it")

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, TypeVar
@@ -29,8 +30,9 @@ from worker.heart import RENEW_EVERY_S, Heart, end_hung_process
 from worker.intake import Intake
 from worker.leases import Lease, Promises
 from worker.maintenance import Maintenance
-from worker.patience import Patience, is_trouble
+from worker.patience import PATIENCE_S, Patience, is_trouble
 from worker.protocol import WORKER_TTL_S
+from worker.pulse import Pulse
 from worker.results import JobResults
 from worker.stats import Sender
 
@@ -57,8 +59,12 @@ class WorkerProcess(BaseWorker):
         drain_s: float,
         hang_s: float | None,
         on_hang: Callable[[], None] = end_hung_process,
+        pulse: Path | None = None,
     ) -> None:
-        """`drain_s`: seconds that running jobs get after SIGTERM. `hang_s`: that a step may take; None: by how long steps take."""
+        """`drain_s`: seconds that running jobs get after SIGTERM. `hang_s`: that a step may take; None: by how long steps take.
+
+        `pulse`: the file in which it says how it fares.
+        """
         self.engine, self.drain_s = engine, drain_s
         self.records = engine.models.records()
         self.leases: dict[str, Lease] = {}
@@ -75,13 +81,16 @@ class WorkerProcess(BaseWorker):
         self.results, self.intake = JobResults(connection), Intake(connection, self.name)
         self._maintenance, self._promises = Maintenance(connection), Promises(connection)
         self._sender = Sender(connection, self.name, engine.stats)
-        self._new_heart = lambda: Heart(engine, self._renew, hang_s, on_hang)
+        self._new_heart = lambda: Heart(engine, self._beat, hang_s, on_hang)
+        self._pulse = pulse
+        self._heard: float | None = None  # monotonic; when Redis last took the promises
         self._registered: list[str] = []
         self._stop_asked: SimpleQueue[str] = SimpleQueue()  # ids of the jobs that rq's commands shall end
         self._drain_until = math.inf  # monotonic
         self._redis_at = 0.0  # monotonic; in trouble, Redis is not asked before for what can wait
         self._clean_at = 0.0  # monotonic; other workers' leases are let be before
         self._listening = False
+        self.came_round = time.monotonic()  # the loop, with jobs or without
 
     @staticmethod
     def _queue(model: str, connection: Redis) -> Queue:
@@ -103,6 +112,8 @@ class WorkerProcess(BaseWorker):
     def teardown(self) -> None:
         self.heart.end()
         self._send_counts()
+        if self._pulse:
+            self._pulse.unlink(missing_ok=True)
         try:
             for model, queue in zip(self._models(), self.queues, strict=True):
                 if BaseWorker.count(queue=queue) <= 1:  # another worker of the model goes on renewing its record
@@ -119,8 +130,27 @@ class WorkerProcess(BaseWorker):
         if pipeline is not None:
             super().heartbeat(WORKER_TTL_S, pipeline=pipeline)
 
+    def _beat(self) -> None:
+        """In the heart's thread: keep the promises, then say how it fares, also where Redis is in trouble."""
+        try:
+            self._renew()
+            self._heard = time.monotonic()
+        finally:
+            self._tell_pulse()
+
+    def _tell_pulse(self) -> None:
+        if self._pulse is None:
+            return
+        now = time.monotonic()
+        resting = self.get_state() == WorkerStatus.SUSPENDED  # then rq waits, in a loop of its own
+        may_stand_s = 2 * max(self.heart.limit_s, PATIENCE_S)
+        pulse = Pulse(self.pid, self._models(), now, now if resting else self.came_round, self._heard, may_stand_s)
+        try:
+            pulse.write(self._pulse)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._pulse, error)
+
     def _renew(self) -> None:
-        """In the heart's thread."""
         if not self._promises.renew(self, self.records, list(self.leases.values())):
             with self.patience.none():
                 self._register()  # the server was restarted without its data, or this process stood still for long
@@ -230,6 +260,7 @@ class WorkerProcess(BaseWorker):
         self._if_it_answers(lambda: self.set_state(WorkerStatus.IDLE))
         self.procline("Listening on " + ",".join(self.queue_names()))
         while not self._stop_requested:
+            self.came_round = time.monotonic()
             if self.should_run_maintenance_tasks:
                 self.run_maintenance_tasks()
             self.engine.rest()

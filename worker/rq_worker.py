@@ -47,7 +47,7 @@ class DiTWorker(WorkerProcess):
 
     def _round(self) -> None:
         """One step of the jobs that run, and what is due between two."""
-        now = time.monotonic()
+        now = self.came_round = time.monotonic()
         if now >= self._look_at and not self._stop_requested:
             self._look_at = now + LOOK_EVERY_S
             self._top_up()

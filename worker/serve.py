@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import torch
 from redis import Redis
+from redis.exceptions import AuthenticationError, RedisError
 
 from model.checkpoint import CheckpointConfig
 from model.samplers import available_samplers, available_spacings, max_steps
@@ -16,6 +17,7 @@ from worker.device import choose_device, choose_dtype, use_device
 from worker.engine import Engine
 from worker.load import Loader
 from worker.models import Shelf
+from worker.patience import impatient_client
 from worker.protocol import ModelRecord
 from worker.rq_worker import DiTWorker
 from worker.runner import Runner
@@ -74,6 +76,7 @@ def trace_to(file: TextIO) -> Callable[[dict[str, Any]], None]:
 def serve(
     *,
     redis_url: str,
+    redis_password: str | None = None,
     registry: Path,
     models: list[str] | None,
     device: str = "auto",
@@ -85,8 +88,13 @@ def serve(
     drain_s: float,
     hang_s: float | None = None,
     trace: Path | None = None,
+    pulse: Path | None = None,
 ) -> None:
-    """Runs until SIGTERM or SIGINT. Raises CheckpointError or ValueError before anything is served."""
+    """Runs until SIGTERM or SIGINT. `pulse`: the file for `dit health worker`. CheckpointError or ValueError before anything is served."""
+    if pulse:
+        pulse.unlink(missing_ok=True)  # a worker's of before, which would be believed while this one loads
+    redis = Redis.from_url(redis_url, password=redis_password, protocol=2)
+    _knock(redis)
     where = choose_device(device)
     use_device(where)
     loader = Loader(
@@ -99,6 +107,17 @@ def serve(
     shelf = Shelf(registry, models, loader, tell, budget_bytes=int(_MEMORY_SHARE * free_bytes(where)))
     with trace.open("w") if trace else nullcontext() as file:
         engine = Engine(shelf, trace_to(file) if file else None)
-        worker = DiTWorker(engine, Redis.from_url(redis_url, protocol=2), drain_s=drain_s, hang_s=hang_s)
+        worker = DiTWorker(engine, redis, drain_s=drain_s, hang_s=hang_s, pulse=pulse)
         log.info("serving %s", ", ".join(f"{record.id} ({record.checkpoint[:12]})" for record in shelf.records()))
         worker.work(logging_level="WARNING")
+
+
+def _knock(redis: Redis) -> None:
+    """A wrong password is told now, and not after minutes of loading. A Redis that is away may come."""
+    try:
+        with impatient_client(redis) as client:
+            client.ping()
+    except AuthenticationError as error:
+        raise ValueError(f"Redis does not let this worker in: {error}") from error
+    except (RedisError, OSError) as error:
+        log.warning("Redis: %s; it may come while the models are loaded", error)

@@ -55,7 +55,7 @@ def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"DIT_{name}", value)
     read, switches = load_settings(), {"COMPILE": "False", "REPRODUCIBLE": "True", "BLOCK_CACHE": "True", "ALLOW_PUBLIC": "True"}
     assert {name: str(getattr(read, name.lower())) for name in values} == {**values, **switches}
-    assert {name.upper() for name in Settings.model_fields} == {*values}
+    assert {name.upper() for name in Settings.model_fields} == {*values, "REDIS_PASSWORD_FILE"}
     assert read.origins == ["https://example.org", "http://localhost:3000"]
 
 
@@ -109,6 +109,39 @@ def test_an_address_that_others_reach_needs_keys_or_a_word(host: str) -> None:
     assert str(told.value).startswith(f"DIT_HOST={host}: ") and "DIT_ALLOW_PUBLIC=true" in str(told.value)
     check_exposure(Settings(host=host, allow_public=True))
     check_exposure(Settings(host=host, api_keys_file=Path("keys.json")))
+
+
+@pytest.mark.parametrize(("text", "password"), [("s3cret", "s3cret"), ("s3cret\n", "s3cret"), ("  two words \r\n", "two words")])
+def test_the_password_of_redis_is_read_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, password: str) -> None:
+    assert load_settings().redis_password is None
+    (tmp_path / "password").write_text(text, newline="")
+    monkeypatch.setenv("DIT_REDIS_URL", "redis://elsewhere:6379/0")
+    monkeypatch.setenv("DIT_REDIS_PASSWORD_FILE", "password")
+    settings = load_settings()
+    assert settings.redis_password == password and password not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "content", "message"),
+    [
+        (None, b"s3cret", "it goes with DIT_REDIS_URL, which is not set"),
+        ("redis://:other@elsewhere", b"s3cret", "DIT_REDIS_URL has a password too"),
+        ("redis://elsewhere", b" \n", "the file is empty"),
+        ("redis://elsewhere", b"\xff\xfe", "it cannot be read: it is not text"),
+        ("redis://elsewhere", None, "it cannot be read: No such file or directory"),
+    ],
+)
+def test_a_password_file_that_does_not_serve_is_refused_and_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str | None, content: bytes | None, message: str
+) -> None:
+    if url:
+        monkeypatch.setenv("DIT_REDIS_URL", url)
+    if content is not None:
+        (tmp_path / "password").write_bytes(content)
+    monkeypatch.setenv("DIT_REDIS_PASSWORD_FILE", "password")
+    with pytest.raises(ValueError) as told:
+        load_settings()
+    assert message in str(told.value) and "s3cret" not in str(told.value) and "other" not in str(told.value)
 
 
 def test_the_api_alone_needs_a_redis() -> None:
