@@ -9,7 +9,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app.jobs import enqueue
+from app.admission import enqueue
 from worker import protocol
 from worker.protocol import DEAD_KEY, GenerationRequest
 
@@ -43,7 +43,10 @@ def dead_jobs(redis: Redis) -> list[DeadJob]:
 
 
 def _dead_job(job_id: str, ended_at: float, model: bytes, request: bytes, attempts: bytes | None, error: bytes | None) -> DeadJob:
-    labels = json.loads(request)["class_labels"]
+    try:
+        labels = list(GenerationRequest.parse(request.decode()).class_labels)
+    except ValueError:  # damaged; all the others shall be listed too
+        labels = []
     return DeadJob(job_id, model.decode(), labels, int(attempts or 0), ended_at, (error or b"").decode())
 
 

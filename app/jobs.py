@@ -3,24 +3,26 @@
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
-from redis.client import Pipeline
-from redis.exceptions import OutOfMemoryError, ResponseError
-from rq import Queue, Retry
+from rq import Queue
 from rq.job import Job
-from rq.serializers import JSONSerializer
 
+from app.admission import Admission, Limits, Submission, other_body
 from app.problems import Problem
+from app.views import job_view, work
 from worker import protocol
 from worker.protocol import FINAL, GenerationRequest, ModelRecord
+
+log = logging.getLogger("dit.api")
 
 Event = tuple[str, str, str]  # stream id, name, JSON
 CONNECTION: dict[str, Any] = {
@@ -29,7 +31,26 @@ CONNECTION: dict[str, Any] = {
     "max_connections": 2000,  # each caller that waits or watches holds one
 }
 _BLOCK_S = 2.0  # one blocking read; it must end well before the socket's timeout
-_RQ_RETRIES = 1_000_000  # never the limit: our own counts attempts, and rq's, which `rq info` applies too, would end jobs behind our back
+EVERYBODY = None  # in place of an owner: who may see the jobs of all
+
+# KEYS the model's queue, its jobs under a lease, rq's set of its workers. ARGV job id. What has to be done before a job that waits starts.
+# → {} if it does not wait, else {jobs before it, row evaluations before it, workers}. Of jobs that run, what their steps leave counts.
+_AHEAD = """#!lua flags=no-writes
+local position = redis.call('LPOS', KEYS[1], ARGV[1])
+if not position then return {} end
+local ahead = 0
+for _, id in ipairs(position > 0 and redis.call('LRANGE', KEYS[1], 0, position - 1) or {}) do
+  ahead = ahead + (tonumber(redis.call('HGET', 'dit:job:' .. id, 'work')) or 0)
+end
+for _, lease in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+  local work, step, request = unpack(redis.call('HMGET', 'dit:job:' .. string.match(lease, '^[^:]*'), 'work', 'step', 'request'))
+  local read, asked = pcall(cjson.decode, request)
+  if work and read and type(asked) == 'table' and type(asked.steps) == 'number' then
+    ahead = ahead + tonumber(work) * math.max(0, 1 - (tonumber(step) or 0) / asked.steps)
+  end
+end
+return {position, math.ceil(ahead), redis.call('SCARD', KEYS[3])}
+"""
 
 
 def new_id() -> str:
@@ -48,49 +69,64 @@ def id_time(job_id: str) -> float | None:
     return (value.int >> 80) / 1000 if value.version == 7 and str(value) == job_id else None
 
 
-def _iso(seconds: bytes | None) -> str | None:
-    return datetime.fromtimestamp(float(seconds), UTC).isoformat(timespec="milliseconds") if seconds else None
+@dataclass(frozen=True)
+class Key:
+    """An Idempotency-Key, and what the request that came with it said."""
+
+    value: str
+    fingerprint: str
 
 
 class JobStore:
     """All that the API knows of jobs and models. The synchronous client is for rq, which has no other."""
 
-    def __init__(self, sync: Redis, connection: AsyncRedis, *, queue_limit: int, result_ttl_s: int) -> None:
-        self.sync = sync
+    def __init__(self, sync: Redis, connection: AsyncRedis, *, queue_limit: int, result_ttl_s: int, image_bytes: int = 1 << 30) -> None:
+        """`queue_limit`: jobs that may wait, of each model. `image_bytes`: that the pictures of all jobs may take."""
         self.redis: Any = connection  # its answers are bytes here, which its types do not say
-        self.queue_limit, self.result_ttl_s = queue_limit, result_ttl_s
-        self._cancel = connection.register_script(protocol.CANCEL)
-        self._queues: dict[str, Queue] = {}  # each asks the server's version once
+        self.result_ttl_s = result_ttl_s
+        self.admission = Admission(sync, Limits(queue_limit, image_bytes))
+        self._cancel, self._ahead = connection.register_script(protocol.CANCEL), connection.register_script(_AHEAD)
 
     async def models(self) -> list[ModelRecord]:
         """The models that workers serve now, by id."""
         names = sorted(name.decode() for name in await self.redis.smembers(protocol.MODELS_KEY))
         values = await self.redis.mget([protocol.model_key(name) for name in names]) if names else []
-        return [ModelRecord.parse(value) for value in values if value]
+        return [record for value in values if value and (record := _model_record(value))]
 
-    async def submit(self, request: GenerationRequest, checkpoint: str) -> str:
-        """Queue a job and return its id; 429 when the queue is full, 503 when Redis can take nothing."""
-        queue_key = f"{Queue.redis_queue_namespace_prefix}{protocol.queue_name(request.model)}"
-        waiting = await self.redis.llen(queue_key)
-        if waiting >= self.queue_limit:
-            raise Problem(429, f"{waiting} jobs wait already, and {self.queue_limit} may; try again later", retry_after_s=10)
-        job_id = new_id()
-        try:
-            await asyncio.to_thread(self._enqueue, job_id, request, checkpoint)
-        except ResponseError as error:
-            if problem := _refusal(error):
-                raise problem from error
-            raise
-        return job_id
+    async def submit(
+        self,
+        request: GenerationRequest,
+        checkpoint: str,
+        *,
+        image_bytes: int = 0,
+        previews: bool = False,
+        owner: str = "",
+        in_flight: int | None = None,
+        key: Key | None = None,
+    ) -> str:
+        """Queue a job and return its id, or that of the job which an equal `key` has made before.
 
-    def _enqueue(self, job_id: str, request: GenerationRequest, checkpoint: str) -> None:
-        """The record, its first event, the rq job and a ring for a worker that waits, in one transaction: all of it is there, or nothing.
-
-        It is sent once: where the answer is lost, the client is told 503, and a job that was queued all the same runs and expires.
+        `image_bytes`: the most that its pictures can take. `in_flight`: jobs that the owner may have. 429 when the queue, the owner's share
+        or the room for pictures is full, 422 for a key that came with another body, 503 when Redis can take nothing.
         """
-        queue = self._queues.setdefault(
-            request.model, Queue(protocol.queue_name(request.model), connection=self.sync, serializer=JSONSerializer)
+        job = self.submission(
+            new_id(), request, checkpoint, image_bytes=image_bytes, previews=previews, owner=owner, in_flight=in_flight, key=key
         )
+        return await asyncio.to_thread(self.admission.submit, job)
+
+    def submission(
+        self,
+        job_id: str,
+        request: GenerationRequest,
+        checkpoint: str,
+        *,
+        image_bytes: int = 0,
+        previews: bool = False,
+        owner: str = "",
+        in_flight: int | None = None,
+        key: Key | None = None,
+    ) -> Submission:
+        """What `submit` hands to the admission."""
         record: dict[Any, Any] = {
             "version": protocol.VERSION,
             "status": protocol.QUEUED,
@@ -98,61 +134,97 @@ class JobStore:
             "request": request.dump(),
             "checkpoint": checkpoint,
             "result_ttl_s": self.result_ttl_s,
+            "owner": owner,
+            "previews": int(previews),
+            "work": work(request),
             "created_at": time.time(),
         }
-        with self.sync.pipeline() as pipeline:
-            enqueue(pipeline, queue, job_id, request, self.result_ttl_s)
-            pipeline.hset(protocol.job_key(job_id), mapping=record)
-            pipeline.xadd(protocol.events_key(job_id), {"event": "queued", "data": "{}"})
-            pipeline.execute()
+        return Submission(
+            job_id,
+            request,
+            record,
+            self.result_ttl_s,
+            image_bytes,
+            owner,
+            in_flight,
+            protocol.idempotency_key(owner, _digest(key.value)) if key else "",
+            key.fingerprint if key else "",
+        )
 
-    async def _record(self, job_id: str) -> dict[bytes, bytes]:
-        """The job's hash; 410 for an id that was ours and has expired, 404 for any other."""
+    async def made_before(self, key: Key, owner: str = "") -> str | None:
+        """The job that this key has made; 422 if it came with another body. Asked first, so that a repetition needs no worker."""
+        body, job_id = await self.redis.hmget(protocol.idempotency_key(owner, _digest(key.value)), "body", "job")
+        if body is None:
+            return None
+        if body.decode() != key.fingerprint:
+            raise other_body()
+        return str(job_id.decode())
+
+    async def _record(self, job_id: str, owner: str | None = EVERYBODY) -> dict[bytes, bytes]:
+        """The job's hash; 410 for an id that was ours and has expired, 404 for any other, and for a job of another owner."""
         created = id_time(job_id)
         record = await self.redis.hgetall(protocol.job_key(job_id)) if created else {}
-        if record:
+        if record and _may_see(record, owner):
             return record
-        if created and created < time.time() - self.result_ttl_s:
+        if not record and created and created < time.time() - self.result_ttl_s:
             raise Problem(410, f"job {job_id} has expired; results are kept for {self.result_ttl_s} s")
         raise Problem(404, f"there is no job {job_id[:60]!a}")
 
-    async def get(self, job_id: str) -> dict[str, Any]:
+    async def get(self, job_id: str, owner: str | None = EVERYBODY) -> dict[str, Any]:
         """The job as `GET /jobs/{id}` shows it."""
-        record = await self._record(job_id)
-        status = record[b"status"].decode()
-        request = GenerationRequest.parse(record[b"request"].decode())
-        step = request.steps if status == protocol.SUCCEEDED else int(record.get(b"step", 0))
-        queue_key = f"{Queue.redis_queue_namespace_prefix}{protocol.queue_name(request.model)}"
-        position = await self.redis.lpos(queue_key, job_id) if status == protocol.QUEUED else None
-        images = json.loads(record.get(b"images") or "[]")
-        here = f"/jobs/{job_id}"
-        return {
-            "id": job_id,
-            "status": status,
-            "queue_position": position,
-            "progress": {"step": step, "steps": request.steps},
-            "request": public_request(request),
-            "images": [{"url": f"{here}/images/{i['index']}", "seed": i["seed"], "sha256": i["sha256"]} for i in images],
-            "checkpoint": record[b"checkpoint"].decode(),
-            "error": record.get(b"error", b"").decode() or None,
-            "created_at": _iso(record[b"created_at"]),
-            "started_at": _iso(record.get(b"started_at")),
-            "finished_at": _iso(record.get(b"finished_at")),
-            "links": {"self": here, "events": f"{here}/events"},
-        }
+        record = await self._record(job_id, owner)
+        position, wait_s = await self._place(job_id, record) if record[b"status"].decode() == protocol.QUEUED else (None, None)
+        return job_view(job_id, record, position, wait_s)
 
-    async def cancel(self, job_id: str) -> str:
+    async def _place(self, job_id: str, record: dict[bytes, bytes]) -> tuple[int | None, float | None]:
+        """Jobs before one that waits, and the seconds that they will take, about: None where nobody measured how fast they go."""
+        name = protocol.queue_name(record[b"model"].decode())
+        keys = [f"{Queue.redis_queue_namespace_prefix}{name}", f"rq:wip:{name}", f"rq:workers:{name}"]
+        told = await self._ahead(keys, [job_id])
+        if not told:
+            return None, None
+        position, ahead, workers = told
+        model = await self.redis.get(protocol.model_key(record[b"model"].decode()))
+        pace = ModelRecord.parse(model).rows_per_s * workers if model else 0.0
+        return position, round(ahead / pace, 1) if pace else None
+
+    async def page(self, owner: str | None, limit: int, after: str | None = None) -> tuple[list[dict[str, Any]], str | None]:
+        """Up to `limit` jobs, newest first, older than the job `after`; and the id to go on after, None at the end."""
+        lists, jobs = protocol.owned_jobs_key(owner or ""), list[dict[str, Any]]()
+        while True:
+            ids = await self.redis.zrange(lists, f"({after}" if after else "+", "-", desc=True, bylex=True, offset=0, num=limit + 1)
+            for job_id, record in zip(ids, await self._records(ids), strict=True):
+                if len(jobs) == limit:
+                    return jobs, after
+                after = job_id.decode()
+                if record and _may_see(record, owner):  # else it has expired, and leaves the list soon
+                    jobs.append(job_view(after, record, await self._position(after, record)))
+            if len(ids) <= limit:
+                return jobs, None
+
+    async def _records(self, ids: Sequence[bytes]) -> list[dict[bytes, bytes]]:
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            for job_id in ids:
+                pipeline.hgetall(protocol.job_key(job_id.decode()))
+            return await pipeline.execute()
+
+    async def _position(self, job_id: str, record: dict[bytes, bytes]) -> int | None:
+        if record[b"status"].decode() != protocol.QUEUED:
+            return None
+        return await self.redis.lpos(f"{Queue.redis_queue_namespace_prefix}{protocol.queue_name(record[b'model'].decode())}", job_id)
+
+    async def cancel(self, job_id: str, owner: str | None = EVERYBODY) -> str:
         """Returns the status the job had: queued (canceled now), running or canceling (stops at its next step), or a final one."""
-        record = await self._record(job_id)
+        record = await self._record(job_id, owner)
         queue = f"{Queue.redis_queue_namespace_prefix}{protocol.queue_name(record[b'model'].decode())}"
         keys = [protocol.job_key(job_id), protocol.events_key(job_id), queue, f"{Job.redis_job_namespace_prefix}{job_id}"]
         done = json.dumps({"status": protocol.CANCELED})
         status = await self._cancel(keys, [job_id, time.time(), done])
         return str(status.decode())
 
-    async def image(self, job_id: str, index: int) -> tuple[bytes, str]:
+    async def image(self, job_id: str, index: int, owner: str | None = EVERYBODY) -> tuple[bytes, str]:
         """PNG bytes and sha256; a running job's finished pictures are served too. 404 while there is none."""
-        record = await self._record(job_id)
+        record = await self._record(job_id, owner)
         execution = record.get(b"execution", b"").decode()
         data = await self.redis.get(protocol.image_key(job_id, execution, index)) if execution else None
         if data is None:
@@ -161,9 +233,21 @@ class JobStore:
             raise Problem(404, f"job {job_id} has no picture {index}: it is {state} and was asked for {count}, numbered from 0")
         return data, hashlib.sha256(data).hexdigest()
 
-    async def events(self, job_id: str, after: str = "0") -> AsyncIterator[Event | None]:
+    async def images(self, job_id: str, owner: str | None = EVERYBODY) -> list[bytes]:
+        """All PNGs of a job that has succeeded; 409 for one that has not."""
+        record = await self._record(job_id, owner)
+        status = record[b"status"].decode()
+        if status != protocol.SUCCEEDED:
+            raise Problem(409, f"job {job_id} has not succeeded: it is {status}", kind="not-succeeded")
+        execution, entries = record[b"execution"].decode(), json.loads(record[b"images"])
+        found = await self.redis.mget([protocol.image_key(job_id, execution, entry["index"]) for entry in entries])
+        if None in found:
+            raise Problem(410, f"the pictures of job {job_id} have expired; results are kept for {self.result_ttl_s} s")
+        return list(found)
+
+    async def events(self, job_id: str, after: str = "0", owner: str | None = EVERYBODY) -> AsyncIterator[Event | None]:
         """Every event after a stream id, then new ones as they come, to `done`; None now and then, so that the caller can ping."""
-        await self._record(job_id)
+        await self._record(job_id, owner)
         while True:
             ended = await self._ended(job_id)  # asked before reading, so that the read then sees all that will ever come
             block = None if ended else int(_BLOCK_S * 1000)
@@ -195,51 +279,18 @@ class JobStore:
         return status is None or status.decode() in FINAL
 
 
-def enqueue(pipeline: Pipeline, queue: Queue, job_id: str, request: GenerationRequest, result_ttl_s: int) -> None:
-    """Say on the pipeline, first of all since this opens its transaction, that an rq job waits; and ring for a worker that waits too."""
-    job = Job.create(
-        protocol.OPERATION,
-        connection=queue.connection,
-        serializer=JSONSerializer,
-        id=job_id,
-        timeout=-1,  # leases, not rq's timeouts, tell a dead worker; -1 keeps rq from shortening them
-        result_ttl=60,
-        failure_ttl=result_ttl_s,
-        retry=Retry(max=_RQ_RETRIES),
-        description=f"{request.num_images} × {request.steps} steps",
-    )
-    queue.enqueue_job(job, pipeline=pipeline)
-    bell = protocol.bell_key(request.model)
-    pipeline.lpush(bell, "1")
-    pipeline.ltrim(bell, 0, protocol.BELL_RINGS - 1)
-    pipeline.expire(bell, protocol.BELL_TTL_S)
+def _model_record(value: bytes) -> ModelRecord | None:
+    """None for a damaged one: the other models are served all the same."""
+    try:
+        return ModelRecord.parse(value)
+    except (ValueError, TypeError, AttributeError) as error:
+        log.error("the record of a model cannot be read: %s", error)
+        return None
 
 
-def _refusal(error: ResponseError) -> Problem | None:
-    """Why a Redis that is there takes nothing."""
-    if isinstance(error, OutOfMemoryError):
-        return Problem(503, "the queue (Redis) is out of memory; try again when results have expired", retry_after_s=30)
-    if "MISCONF" in str(error):
-        return Problem(503, "the queue (Redis) cannot write its disk; try again when that is mended", retry_after_s=30)
-    return None
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def public_request(request: GenerationRequest) -> dict[str, Any]:
-    """The resolved request in the words of `POST /generate`, so that it can be posted again."""
-    labels = list(request.class_labels)
-    alike = len(set(labels)) == 1
-    times = {"shift": request.shift} if request.spacing is None else {"spacing": request.spacing, "eta": request.eta}
-    return {
-        "class_label": labels[0] if alike else labels,
-        **({"num_images": len(labels)} if alike else {}),
-        "guidance_scale": request.guidance_scale,
-        "guidance_interval": list(request.guidance_interval),
-        "guidance_channels": request.guidance_channels,
-        "guidance_rescale": request.guidance_rescale,
-        **({"block_cache": request.block_cache} if request.block_cache > 1 else {}),
-        "steps": request.steps,
-        "sampler": request.sampler,
-        **times,
-        "seed": request.seed,
-        "model": request.model,
-    }
+def _may_see(record: dict[bytes, bytes], owner: str | None) -> bool:
+    return owner is EVERYBODY or record.get(b"owner", b"").decode() == owner

@@ -29,7 +29,13 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sync, connection = Redis.from_url(url, **CONNECTION), AsyncRedis.from_url(url, **CONNECTION)
-        app.state.jobs = JobStore(sync, connection, queue_limit=settings.queue_limit, result_ttl_s=settings.result_ttl)
+        app.state.jobs = JobStore(
+            sync,
+            connection,
+            queue_limit=settings.queue_limit,
+            result_ttl_s=settings.result_ttl,
+            image_bytes=settings.image_bytes,
+        )
         yield
         await connection.aclose()
         sync.close()

@@ -20,10 +20,23 @@ _TITLES = {
     410: "Gone",
     413: "Body too large",
     422: "Invalid request",
-    429: "Queue full",
+    429: "Too many",
     500: "Internal error",
     503: "Not available",
 }
+# The last part of a problem's type, where nothing more exact is said.
+_KINDS = {
+    404: "not-found",
+    405: "method-not-allowed",
+    409: "conflict",
+    410: "expired",
+    413: "body-too-large",
+    422: "invalid-request",
+    429: "too-many",
+    500: "internal",
+    503: "not-available",
+}
+_TYPE = "urn:dit:problem:"
 _MESSAGES = {"extra_forbidden": "is not a field of this request", "missing": "lacks an item"}  # in place of pydantic's
 _SHOWN_INPUT = 80  # characters of a wrong value that are repeated
 
@@ -31,9 +44,19 @@ _SHOWN_INPUT = 80  # characters of a wrong value that are repeated
 class Problem(Exception):
     """Raised anywhere below a route; becomes the response."""
 
-    def __init__(self, status: int, detail: str, *, errors: Sequence[dict[str, str]] = (), retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        kind: str | None = None,
+        errors: Sequence[dict[str, str]] = (),
+        retry_after_s: int | None = None,
+    ) -> None:
+        """`kind`: what a program may tell it by, the end of its type; by default what the status says."""
         super().__init__(detail)
         self.status, self.detail, self.errors, self.retry_after_s = status, detail, list(errors), retry_after_s
+        self.kind = kind or _KINDS.get(status, "error")
 
 
 def field_error(field: str, got: Any, allowed: str) -> dict[str, str]:
@@ -59,7 +82,7 @@ def shown(value: Any) -> str:
 
 def response(problem: Problem, instance: str, headers: Mapping[str, str] | None = None) -> Response:
     document: dict[str, Any] = {
-        "type": "about:blank",
+        "type": f"{_TYPE}{problem.kind}",
         "title": _TITLES.get(problem.status, "Error"),
         "status": problem.status,
         "detail": problem.detail,
@@ -124,7 +147,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RedisError)
     async def redis(request: Request, error: RedisError) -> Response:
         log.warning("Redis: %s", error)
-        return response(Problem(503, "the queue (Redis) does not answer; try again shortly", retry_after_s=5), request.url.path)
+        detail = "the queue (Redis) does not answer; try again shortly"
+        return response(Problem(503, detail, kind="redis-away", retry_after_s=5), request.url.path)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

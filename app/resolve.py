@@ -14,7 +14,7 @@ _NAMES_SHOWN = 20
 def choose_model(name: str | None, records: list[ModelRecord]) -> ModelRecord:
     """The named model, or the only one served. 503 while none is."""
     if not records:
-        raise Problem(503, "no worker serves a model at the moment; try again shortly", retry_after_s=5)
+        raise Problem(503, "no worker serves a model at the moment; try again shortly", kind="no-worker", retry_after_s=5)
     found = [record for record in records if record.id == name] if name is not None else records
     if len(found) == 1:
         return found[0]

@@ -79,6 +79,10 @@ class JobView(BaseModel):
     id: str
     status: Literal["queued", "running", "succeeded", "failed", "canceling", "canceled"]
     queue_position: int | None = Field(description="Jobs before this one; null once it has left the queue.")
+    estimated_wait_s: float | None = Field(
+        description="Seconds until it starts, about, from the work before it and the workers' measured pace. Null once it has left the "
+        "queue, where no pace is known, and in lists."
+    )
     progress: Progress
     request: dict[str, Any] = Field(description="The request with every default resolved.")
     images: list[ImageInfo]
@@ -88,6 +92,13 @@ class JobView(BaseModel):
     started_at: str | None
     finished_at: str | None
     links: dict[str, str]
+
+
+class JobList(BaseModel):
+    """`GET /jobs`."""
+
+    jobs: list[JobView]
+    next: str | None = Field(description="`cursor` of the next page; null on the last.")
 
 
 class ModelView(BaseModel):
@@ -109,6 +120,8 @@ class ModelView(BaseModel):
     device: str
     dtype: str
     block_cache: bool = Field(description="Whether requests may ask for a block cache.")
+    max_rows: int = Field(description="Rows of one forward of a worker; 0 while the model is not in its memory.")
+    rows_per_s: float = Field(description="Rows that a worker does a second with full forwards, as measured at its start; 0 likewise.")
 
 
 class ModelList(BaseModel):

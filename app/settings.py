@@ -5,6 +5,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from worker.protocol import MAX_RESULT_TTL_S
+
 
 class Settings(BaseSettings):
     """One field per variable; the names are the contract."""
@@ -24,7 +26,8 @@ class Settings(BaseSettings):
     block_cache: bool = False  # requests may ask for the block-output cache
     trace: Path | None = None  # where the worker writes a JSON line per tick
     queue_limit: int = Field(default=1000, ge=1)  # jobs that may wait
-    result_ttl: int = Field(default=24 * 3600, ge=1)  # seconds that results live
+    result_ttl: int = Field(default=24 * 3600, ge=1, le=MAX_RESULT_TTL_S)  # seconds that results live
+    image_bytes: int = Field(default=1 << 30, ge=1)  # that the pictures of all jobs may take
     drain_seconds: float = Field(default=10, ge=0, allow_inf_nan=False)  # that running jobs get after SIGTERM; the rest is given back
     hang_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # that a step may take; unset: by how long steps take
     data: Path = Path(".dit")  # state of the embedded server, compile cache, logs

@@ -55,7 +55,7 @@ def find_usage(redis_url: str | None, data: Path) -> Usage | None:
             return None
         with client:
             return Usage(checkpoints_in_use(client), checkpoints_served(client))
-    except (RedisError, OSError, ValueError) as error:
+    except (RedisError, OSError, ValueError, TypeError, AttributeError) as error:  # the last three: a record that cannot be read
         raise UsageUnknown(f"Redis does not answer: {error}") from error
 
 

@@ -5,6 +5,7 @@ A request keeps K latents S (K, C, H, W), of which the first is x. One network e
     S' = A·S + B·out + d·exp(½(f·hi + (1−f)·lo))·noise        f = (v + 1)/2 from the covariance channels (Nichol & Dhariwal 2021, eq. 15)
 
 so that requests with different samplers, step counts and positions are one batched update (`model.sampling.update`). Noise enters x alone.
+What the network takes the clean latent to be at that evaluation is p·x + q·out, with two more numbers of the row: previews are made of it.
 
 Notation: α = √ᾱ, σ = √(1−ᾱ), ε the noise that the network predicts, x₀ = (x − σ·ε)/α; a prime marks the next time.
 """
@@ -35,6 +36,7 @@ class SamplerTable:
     d: Tensor  # (E,)
     log_variance_low: Tensor  # (E,)
     log_variance_high: Tensor  # (E,)
+    clean: Tensor  # (E, 2) p and q
 
     @property
     def evaluations(self) -> int:
@@ -66,6 +68,11 @@ class _Steps:
         """Variance of the step between neighbours."""
         return 1 - self.alpha_bar / self.alpha_bar_next
 
+    @property
+    def clean(self) -> Tensor:
+        """x₀ of x and ε, (n, 2)."""
+        return torch.stack([self.alpha_bar.rsqrt(), -(1 / self.alpha_bar - 1).sqrt()], dim=1)
+
 
 def _steps(objective: ObjectiveConfig, times: list[int]) -> _Steps:
     """`times` ascending."""
@@ -78,7 +85,8 @@ def _steps(objective: ObjectiveConfig, times: list[int]) -> _Steps:
 
 def _first_order(s: _Steps, a: Tensor, b: Tensor, d: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> SamplerTable:
     zero = torch.zeros_like(a)
-    return SamplerTable(s.t, s.fraction, a.view(-1, 1, 1), b.view(-1, 1), d, zero if low is None else low, zero if high is None else high)
+    low, high = zero if low is None else low, zero if high is None else high
+    return SamplerTable(s.t, s.fraction, a.view(-1, 1, 1), b.view(-1, 1), d, low, high, s.clean)
 
 
 def _posterior(s: _Steps) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +143,7 @@ def _two_step(s: _Steps, keep: Tensor, gain: Tensor, d: Tensor) -> SamplerTable:
     a[:, 0, 0], a[:, 0, 1], a[:, 1, 0] = keep + gain * (1 + w) / alpha, -gain * w, 1 / alpha
     b[:, 0], b[:, 1] = -gain * (1 + w) * sigma / alpha, -sigma / alpha
     zero = torch.zeros_like(alpha)
-    return SamplerTable(s.t, s.fraction, a, b, d, zero, zero)
+    return SamplerTable(s.t, s.fraction, a, b, d, zero, zero, s.clean)
 
 
 def dpm_solver(s: _Steps) -> SamplerTable:
@@ -156,12 +164,12 @@ def _of_v(table: SamplerTable, alpha_bar: Tensor) -> SamplerTable:
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     a = table.a.clone()
     a[:, :, 0] += table.b * sigma[:, None]
-    return replace(table, a=a, b=table.b * alpha[:, None])
+    return replace(table, a=a, b=table.b * alpha[:, None], clean=torch.stack([alpha, -sigma], dim=1))
 
 
 def _flow_table(t: Tensor, a: Tensor, b: Tensor) -> SamplerTable:
     zero = torch.zeros_like(t)
-    return SamplerTable(t, t, a, b, zero, zero, zero)
+    return SamplerTable(t, t, a, b, zero, zero, zero, torch.stack([torch.ones_like(t), -t], dim=1))
 
 
 def euler(times: Tensor) -> SamplerTable:

@@ -18,23 +18,28 @@ from worker.plan import K
 # Per row: slot of the latent, 0 conditional or 1 null, row of the prepared table.
 # Per picture: slot, conditional and other row, seed, evaluation of its noise.
 WHOLE = ("row_slot", "row_half", "row_prepared", "slot", "conditional", "other", "seed", "evaluation")
-REAL = (*(f"a{i}" for i in range(K * K)), *(f"b{i}" for i in range(K)), "d", "low", "high", "scale", "channels", "rescale")
+REAL = (
+    *(f"a{i}" for i in range(K * K)),
+    *(f"b{i}" for i in range(K)),
+    *("d", "low", "high", "clean_x", "clean_out", "scale", "channels", "rescale"),
+)
 
 Advance = Callable[[Tensor, Tensor], Tensor]  # whole (R, 8), real (R, …) → which pictures are finite (R,)
 
 
 def make_advance(
-    dit: DiT, state: Tensor, prepared: Tensor, *, compile: bool, changes: Tensor | None = None, reuse: bool = False
+    dit: DiT, state: Tensor, clean: Tensor, prepared: Tensor, *, compile: bool, changes: Tensor | None = None, reuse: bool = False
 ) -> Advance:
-    """`state` (slots + 1, K, C, H, W) is advanced in place; `prepared` is the table of `worker.prepared`.
+    """`state` (slots + 1, K, C, H, W) is advanced in place; what the network took the clean latents to be goes into `clean`
+    (slots + 1, C, H, W); `prepared` is the table of `worker.prepared`.
 
     A picture that is not guided has its conditional row twice and scale 1, which guidance leaves as it is, bit for bit.
     With a block cache, `changes` (slots + 1, 2, tokens, D), what the middle blocks did is kept there, or with `reuse` taken from there.
     """
 
-    def advance(state: Tensor, prepared: Tensor, changes: Tensor | None, whole: Tensor, real: Tensor) -> Tensor:
+    def advance(state: Tensor, clean: Tensor, prepared: Tensor, changes: Tensor | None, whole: Tensor, real: Tensor) -> Tensor:
         row_slot, row_half, row_prepared, slot, conditional, other, seed, evaluation = whole.unbind(1)
-        a, b, d, low, high, scale, channels, rescale = real.split([K * K, K, 1, 1, 1, 1, 1, 1], dim=1)
+        a, b, d, low, high, of_x, of_out, scale, channels, rescale = real.split([K * K, K, *[1] * 8], dim=1)
         per_row = (slice(None), slice(None), None, None)
         x, known = state[row_slot, 0], prepared[row_prepared]
         if changes is None:
@@ -46,6 +51,7 @@ def make_advance(
         out = guide(out[conditional], out[other], scale[per_row], channels[per_row], rescale[per_row])
         noise = normal(seed, evaluation, tuple(state.shape[2:]))
         new = update(state[slot], out, a.view(-1, K, K), b, d[:, 0], low[:, 0], high[:, 0], noise)
+        clean[slot] = of_x[per_row] * state[slot, 0] + of_out[per_row] * out[:, : state.shape[2]]
         state[slot] = new
         return new.flatten(1).isfinite().all(1)
 
@@ -55,7 +61,7 @@ def make_advance(
         if compile and whole.device.type == "cpu":  # one graph for all buckets there; on CUDA one for each
             torch._dynamo.mark_dynamic(whole, 0)
             torch._dynamo.mark_dynamic(real, 0)
-        return run(state, prepared, changes, whole, real)
+        return run(state, clean, prepared, changes, whole, real)
 
     return call
 
@@ -63,8 +69,11 @@ def make_advance(
 class Captured:
     """`advance` for one bucket as a CUDA graph: one launch a tick. The numbers of a tick are copied to where the graph reads them."""
 
-    def __init__(self, advance: Advance, bucket: int, device: torch.device, pool: Any) -> None:
+    def __init__(self, advance: Advance, bucket: int, device: torch.device, pool: Any, nobody: int) -> None:
+        """`nobody`: the slot of no picture, on which it is tried."""
         self.whole = torch.zeros(bucket, len(WHOLE), dtype=torch.int64, device=device)
+        for name in ("row_slot", "slot"):
+            self.whole[:, WHOLE.index(name)] = nobody
         self.real = torch.zeros(bucket, len(REAL), device=device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))

@@ -42,7 +42,12 @@ class Decoder:
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → uint8 (B, H, W, channels)."""
-        return to_pixels(self.vae.decode(latents))
+        return self._draw(latents)[0]
+
+    def _draw(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and which pictures are finite (B,): a decoder of half precision may overflow on latents that are."""
+        images = self.vae.decode(latents)
+        return to_pixels(images), images.flatten(1).isfinite().all(1) & latents.flatten(1).isfinite().all(1)
 
     def halve(self) -> bool:
         """Half the images of a batch from now on, after the device ran out of memory; False if there are no fewer."""
@@ -56,16 +61,15 @@ class Decoder:
         """At most the largest bucket of latents; nobody else may write to them."""
         count = len(latents)
         bucket = bucket_of(self.buckets, count)
-        finite = latents.isfinite().flatten(1).all(1)
         padded = torch.cat([latents, latents[:1].expand(bucket - count, *latents.shape[1:])])
         if self._stream is None:
-            return Decoding(self.pixels(padded)[:count], finite, None)
+            pixels, finite = self._draw(padded)
+            return Decoding(pixels[:count], finite[:count], None)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for tensor in (padded, finite):
-                tensor.record_stream(self._stream)
-            pixels = _to_host(self.pixels(padded)[:count])
-            finite = _to_host(finite)
+            padded.record_stream(self._stream)
+            drawn, finite = self._draw(padded)
+            pixels, finite = _to_host(drawn[:count]), _to_host(finite[:count])
             done = torch.cuda.Event()
             done.record()
         return Decoding(pixels, finite, done)

@@ -32,6 +32,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def use_device(device: torch.device) -> None:
+    """Make it this thread's CUDA device: graphs and events belong to the current one, whatever tensors they are about."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the device, or of a system that refuses to give any."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the processor has it, else float32."""
     if name == "auto":

@@ -11,9 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
-from worker.images import encode_png
+from worker.device import is_out_of_memory
+from worker.images import encode_png, encode_preview
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.runner import Decoding, Runner
 from worker.scheduler import Job, Picture, Scheduler
@@ -22,6 +21,7 @@ log = logging.getLogger("dit.engine")
 
 ENCODERS = 2  # threads that make PNGs
 MOST_ENCODING = 64  # pictures that may wait for them; more would pile up in memory
+PREVIEWS = 5  # looks at a picture on its way, the picture itself among them
 _IDLE_S = 0.01  # a tick that only waits for a model to load
 
 
@@ -35,6 +35,16 @@ class ImageReady:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What a picture looks like on its way."""
+
+    job_id: str
+    index: int
+    share: float  # of its evaluations that were done
+    url: str  # data:image/…
+
+
+@dataclass(frozen=True)
 class JobDone:
     job_id: str
 
@@ -45,7 +55,7 @@ class JobFailed:
     message: str
 
 
-Event = ImageReady | JobDone | JobFailed
+Event = ImageReady | Preview | JobDone | JobFailed
 
 
 class Models(Protocol):
@@ -72,6 +82,7 @@ class Lane:
     scheduler: Scheduler
     last_turn: float = 0.0
     decoding: list[tuple[list[tuple[Picture, int]], Decoding]] = field(default_factory=list)
+    previewing: list[tuple[list[tuple[str, int, float]], Decoding]] = field(default_factory=list)  # job, picture, share
 
 
 @dataclass(eq=False)
@@ -81,6 +92,7 @@ class Entry:
     request: GenerationRequest
     checkpoint: str
     alone: bool
+    previews: bool = False
     lane: Lane | None = None  # None while its checkpoint is being loaded
     delivered: int = 0
 
@@ -97,6 +109,7 @@ class Engine:
         self._trace = trace
         self._encoder = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="png")
         self._encoding: list[tuple[Picture, Future[tuple[bytes, str]]]] = []
+        self._previews: list[tuple[tuple[str, int, float], Future[str]]] = []
 
     @property
     def busy(self) -> bool:
@@ -111,11 +124,11 @@ class Engine:
             return False  # its checkpoint is being loaded: enough to know what it is needed for
         return all(lane.scheduler.wants_jobs for lane in {entry.lane for entry in here if entry.lane})
 
-    def add(self, job_id: str, request: GenerationRequest, checkpoint: str, *, alone: bool = False) -> None:
+    def add(self, job_id: str, request: GenerationRequest, checkpoint: str, *, alone: bool = False, previews: bool = False) -> None:
         """Take a job in; ValueError if its model cannot do it. `alone`: nothing else may run beside it, which the caller sees to."""
         assert job_id not in self.jobs and not (alone and self.jobs)
         runner = self.models.runner(request.model, checkpoint)
-        entry = Entry(request, checkpoint, alone)
+        entry = Entry(request, checkpoint, alone, previews)
         if runner is not None:
             self._enter(job_id, entry, runner)
         self.jobs[job_id] = entry
@@ -167,10 +180,14 @@ class Engine:
         finally:
             self.ticking_since = None
 
-    def _take_in(self) -> list[Event]:
-        """Lanes without jobs go, so that their memory can; jobs whose checkpoint has been loaded meanwhile, or could not be."""
-        self.lanes = {name: lane for name, lane in self.lanes.items() if lane.scheduler.jobs or lane.decoding}
+    def rest(self) -> None:
+        """Between two ticks, also where none comes: lanes without jobs go, so that their memory can; new versions are looked for."""
+        self.lanes = {name: lane for name, lane in self.lanes.items() if lane.scheduler.jobs}
         self.models.poll({entry.checkpoint for entry in self.jobs.values()})
+
+    def _take_in(self) -> list[Event]:
+        """Jobs whose checkpoint has been loaded meanwhile, or could not be."""
+        self.rest()
         failed: dict[str, str] = {}
         for job_id, entry in self.jobs.items():
             if entry.lane is None:
@@ -191,6 +208,7 @@ class Engine:
             trace |= {"checkpoint": lane.checkpoint, "rows": rows, "bucket": lane.runner.bucket(rows) if rows else 0}
             trace |= {"pictures": len(dealt), "jobs": jobs, "steps": steps}
         events = self._fail(self._step(lane, dealt))
+        self._look_at(lane, dealt)
         events += self._fail(self._retry(lane, lane.runner.lost()))
         finished = lane.scheduler.done()[: lane.runner.decode_buckets[-1]]
         if finished:
@@ -204,9 +222,22 @@ class Engine:
         crowd = [picture for picture in dealt if not picture.attempt]
         failed: dict[str, str] = {}
         for group in (*lane.runner.groups(crowd), *([picture] for picture in dealt if picture.attempt)):
+            self.ticking_since = time.monotonic()
             failed.update(self._guarded(lane, group, self._advance, lane.runner.halve, "step"))
         lane.scheduler.max_rows = lane.runner.max_rows
         return failed
+
+    def _look_at(self, lane: Lane, stepped: list[Picture]) -> None:
+        """Begin previews of pictures that have come a fifth further. One that goes wrong costs a preview and nothing else."""
+        due = [p for p in stepped if not p.done and p.evaluation % _every(p) == 0 and (e := self.jobs.get(p.job.id)) and e.previews]
+        for first in range(0, len(due), lane.runner.decode_buckets[-1]):
+            batch = due[first : first + lane.runner.decode_buckets[-1]]
+            try:
+                decoding = lane.runner.preview(batch)
+            except RuntimeError:  # out of memory too
+                log.warning("previews of %d pictures could not be made", len(batch), exc_info=True)
+            else:
+                lane.previewing.append(([(p.job.id, p.index, p.evaluation / p.job.evaluations) for p in batch], decoding))
 
     def _guarded(
         self, lane: Lane, group: list[Picture], run: Callable[[Lane, list[Picture]], None], halve: Callable[[], bool], what: str
@@ -217,17 +248,19 @@ class Engine:
         try:
             run(lane, group)
             return {}
-        except torch.OutOfMemoryError:
-            if halve():
-                log.warning("out of memory in a %s of %d pictures; from now on it takes half of them", what, len(group))
-                return {}
-            log.exception("out of memory in the smallest %s", what)
-        except Exception:
-            if not lane.runner.healthy():  # every job would fail, whose fault it is not: the process ends, and its leases with it
+        except Exception as error:
+            if is_out_of_memory(error):
+                if halve():
+                    log.warning("out of memory in a %s of %d pictures; from now on it takes half of them", what, len(group))
+                    return {}
+                log.exception("out of memory in the smallest %s", what)
+            elif not lane.runner.healthy():  # every job would fail, whose fault it is not: the process ends, and its leases with it
                 raise
-            log.exception("a %s of %d pictures failed; each is tried alone", what, len(group))
+            else:
+                log.exception("a %s of %d pictures failed; each is tried alone", what, len(group))
         failed: dict[str, str] = {}
         for picture in group:
+            self.ticking_since = time.monotonic()  # each is a step of its own: many in a row do not hang
             try:
                 run(lane, [picture])
             except Exception as error:
@@ -277,6 +310,7 @@ class Engine:
             while lane.decoding and (wait or lane.decoding[0][1].ready()):
                 pictures, decoding = lane.decoding.pop(0)
                 events += self._encode(lane, pictures, decoding)
+        events += self._previewed()
         waiting, too_many = [], len(self._encoding) - MOST_ENCODING
         for place, (picture, task) in enumerate(self._encoding):
             if wait or task.done() or place < too_many:
@@ -285,6 +319,18 @@ class Engine:
                 waiting.append((picture, task))
         self._encoding = [entry for entry in waiting if entry[0].job.id in self.jobs]
         return events
+
+    def _previewed(self) -> list[Event]:
+        """Previews that are ready, of jobs that are still here; nobody waits for them."""
+        for lane in self.lanes.values():
+            while lane.previewing and lane.previewing[0][1].ready():
+                pictures, decoding = lane.previewing.pop(0)
+                for picture, pixels in zip(pictures, decoding.result(), strict=True):
+                    if pixels is not None:
+                        self._previews.append((picture, self._encoder.submit(encode_preview, pixels)))
+        done = [(picture, task) for picture, task in self._previews if task.done()]
+        self._previews = [entry for entry in self._previews if entry not in done]
+        return [Preview(*picture, task.result()) for picture, task in done if picture[0] in self.jobs and not task.exception()]
 
     def _encode(self, lane: Lane, pictures: list[tuple[Picture, int]], decoding: Decoding) -> list[Event]:
         lost = []
@@ -315,3 +361,8 @@ class Engine:
             self.remove(job_id)
             events.append(JobDone(job_id))
         return events
+
+
+def _every(picture: Picture) -> int:
+    """Evaluations from one preview to the next."""
+    return -(-picture.job.evaluations // PREVIEWS)

@@ -49,13 +49,13 @@ class Heart(threading.Thread):
             self.beat()
 
     def beat(self) -> None:
-        """Once; where Redis is in trouble, the next beat tries again."""
+        """Once; where Redis is in trouble, or whatever else it is, the next beat tries again: without a heart, all jobs would run twice."""
         try:
             self._renew()
             self._failing = False
-        except RedisError as error:
+        except Exception as error:
             if not self._failing:
-                log.warning("leases cannot be renewed: %s", error)
+                log.warning("leases cannot be renewed: %s", error, exc_info=not isinstance(error, RedisError))
             self._failing = True
 
     def end(self) -> None:

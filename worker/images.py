@@ -1,5 +1,6 @@
 """Pixels → PNG with the request inside. The bytes depend on the request, the index and the checkpoint, and on nothing else."""
 
+import base64
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ from worker.protocol import GenerationRequest
 
 KEYWORD = "dit"  # of the iTXt chunk
 TEXT_VERSION = 1
+SMALL = 64  # pixels
 
 
 def describe(request: GenerationRequest, index: int, checkpoint: str) -> str:
@@ -35,3 +37,10 @@ def encode_png(pixels: np.ndarray, request: GenerationRequest, index: int, check
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG", pnginfo=text)
     data = buffer.getvalue()
     return data, hashlib.sha256(data).hexdigest()
+
+
+def encode_preview(pixels: np.ndarray) -> str:
+    """uint8 pixels (H, W, 1 or 3) → a small picture as a data: URL; JPEG where a PNG would be large."""
+    buffer, kind = io.BytesIO(), "PNG" if pixels.shape[0] < SMALL else "JPEG"
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -9,7 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from model.checkpoint import Checkpoint, load
 from model.config import DiTConfig
 from worker.decoder import SMALLEST_DECODE
-from worker.device import FEWEST_ROWS, affordable, can_compile
+from worker.device import FEWEST_ROWS, affordable, can_compile, use_device
 from worker.runner import Runner
 
 log = logging.getLogger("dit.worker")
@@ -42,6 +42,7 @@ class Loader:
     def __call__(self, folder: Path) -> Runner:
         """Raises CheckpointError or ValueError: not sound, no VAE, or too large for the device's memory."""
         log.info("loading %s on %s in %s", folder, self.device, str(self.dtype).removeprefix("torch."))
+        use_device(self.device)
         if self._threads is not None:
             torch.set_num_threads(self._threads)  # each thread has its own number
         try:

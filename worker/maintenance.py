@@ -23,6 +23,7 @@ class Maintenance:
     def __init__(self, connection: Redis) -> None:
         self._connection: Any = connection
         self._reap, self._unstick = connection.register_script(scripts.REAP), connection.register_script(scripts.UNSTICK)
+        self._tidy = connection.register_script(scripts.TIDY)
         self._popped: dict[str, dict[str, float]] = {}  # by model: jobs without a lease, and when they were first seen so
 
     def clean(self, model: str, queue: Queue) -> None:
@@ -31,6 +32,7 @@ class Maintenance:
         for registry in (FinishedJobRegistry, FailedJobRegistry):  # what has ended is forgotten here too
             registry(queue=queue).cleanup()
         worker_registration.clean_worker_registry(queue)
+        self._tidy()
 
     def _requeue_abandoned(self, model: str) -> None:
         done = {"status": protocol.FAILED, "error": TRIED_TOO_OFTEN}

@@ -21,7 +21,8 @@ log = logging.getLogger("dit.models")
 
 LOOK_EVERY_S = 2.0  # for new versions
 _ROOM_EVERY_S = 0.1  # that a checkpoint which finds no room looks for some
-_FORGET_FAILURE_S = 30.0  # after which a version that could not be loaded may be tried again
+_FORGET_FAILURE_S = 30.0  # after which a job may ask again for a version that could not be loaded
+_RETRY_LATEST_S = 300.0  # after which the latest version is tried again by itself: memory may have come free
 
 Load = Callable[[Path], Runner]
 Describe = Callable[[str, CheckpointConfig, str, Runner | None], ModelRecord]  # model, its configuration, hash, runner if resident
@@ -179,6 +180,10 @@ class Shelf:
             if token != self._signatures.get(name) and name not in self._reading:
                 self._signatures[name] = token
                 self._reading[name] = self._thread.submit(read_config, entry)
+        for name, version in self._latest.items():
+            when, _ = self._failed.get(version.hash, (math.inf, ""))
+            if version != self._served.get(name) and time.monotonic() - when >= _RETRY_LATEST_S:
+                self._wanted.setdefault(version.hash, name)
 
     def _take_note(self, name: str, read: "Future[tuple[CheckpointConfig, str]]") -> None:
         """A version that was published since is loaded first where the one before is resident, or there is room."""
@@ -259,5 +264,8 @@ class Shelf:
 
 
 def _stored_bytes(folder: Path) -> int:
-    """What the weights take, about."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """What the weights take, about; nothing for a folder that was removed a moment ago, which loading it will find out."""
+    try:
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    except FileNotFoundError:
+        return 0

@@ -17,7 +17,7 @@ class Plan:
     """What the runner reads of a job at each evaluation."""
 
     t: list[float]
-    coefficients: list[list[float]]  # a (K·K), b (K), d, low, high
+    coefficients: list[list[float]]  # a (K·K), b (K), d, low, high, clean (2)
     guided: list[bool]
     all_blocks: list[bool]  # false where the middle blocks' change is taken from the block cache
     guidance_channels: int
@@ -28,6 +28,7 @@ def make_plan(table: SamplerTable, request: GenerationRequest, channels: int) ->
     """Guidance costs a second row only while its scale is not 1 and t/T is inside its interval. `channels` are those of a latent."""
     table = table.padded(K)
     columns = [table.a.flatten(1), table.b, table.d[:, None], table.log_variance_low[:, None], table.log_variance_high[:, None]]
+    columns.append(table.clean)
     low, high = request.guidance_interval
     guided = [request.guidance_scale != 1.0 and low <= f <= high for f in table.fraction.tolist()]
     return Plan(

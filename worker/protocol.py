@@ -4,7 +4,8 @@
 |----------------------------------|-------------|--------------------------------------------------------|----------------------|
 | `rq:queue:dit-<model>`, `rq:…`   | rq, worker  | the queue and the leases; an rq job names only its id  | until the job ended  |
 | `dit:job:<id>`                   | API, worker | hash, see JOB_FIELDS                                   | TTL after the end    |
-| `dit:job:<id>:events`            | API, worker | stream of {event, data}: queued, progress, image, done | TTL after the end    |
+| `dit:job:<id>:events`            | API, worker | stream of {event, data}: queued, progress, preview,    | TTL after the end    |
+|                                  |             | image, done                                            |                      |
 | `dit:image:<id>:<execution>:<i>` | worker      | PNG bytes                                              | TTL                  |
 | `dit:model:<model>`              | worker      | JSON of ModelRecord                                    | MODEL_TTL_S, renewed |
 | `dit:models`                     | worker      | set of model ids that were ever served                 | always               |
@@ -12,9 +13,18 @@
 | `dit:alone:<id>`                 | worker      | the busy worker that will run this job alone           | CLAIM_S, renewed     |
 | `dit:dead`                       | worker      | sorted set of job ids, by the Unix seconds of the end: | TTL after the last   |
 |                                  |             | those whose every attempt ended with its worker        |                      |
+| `dit:jobs`, `dit:jobs:<owner>`   | API         | sorted sets of job ids, all with score 0: their order  | with their jobs      |
+|                                  |             | is that of the ids, which is that of time              |                      |
+| `dit:active:<owner>`             | API         | set of ids, of an owner whose jobs in flight are       | with their jobs      |
+|                                  |             | bounded; those that have ended are found out later     |                      |
+| `dit:books`                      | API         | sorted set of `<job>|<owner>|<bytes>`, by the Unix     | with their jobs      |
+|                                  |             | seconds at which the job may have expired; see FORGET  |                      |
+| `dit:bytes`                      | API         | sum of the bytes in `dit:books`: the most that the     | with their jobs      |
+|                                  |             | pictures of all jobs may take                          |                      |
+| `dit:idempotency:<owner>:<hash>` | API         | hash {body, job} of an Idempotency-Key                 | TTL                  |
 
 TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, so that each is one step: CANCEL is
-below, the worker's own are in worker/scripts.py.
+below, a submission is in app/admission.py, the worker's own are in worker/scripts.py.
 """
 
 import json
@@ -37,6 +47,7 @@ FINAL = (SUCCEEDED, FAILED, CANCELED)
 ALL_CHANNELS, FIRST_THREE_CHANNELS = "all", "first-three"  # of a latent that guidance moves; the official code moves three
 MAX_SHIFT = 100.0
 MAX_BLOCK_CACHE = 8
+MAX_RESULT_TTL_S = 1_000_000_000
 LARGEST_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
 JOB_FIELDS = {
@@ -46,6 +57,9 @@ JOB_FIELDS = {
     "request": "JSON of GenerationRequest, every default resolved",
     "checkpoint": "hash of the checkpoint it was resolved against",
     "result_ttl_s": "seconds that record, events and images live after the end",
+    "owner": "name of the API key that submitted it; empty where there are none",
+    "previews": "1 if it shall be shown while it is made",
+    "work": "row evaluations that it takes, about",
     "execution": "id of the execution that may write; results of any other are dropped",
     "attempts": "how often it was started",
     "step": "sampling steps done, averaged over its pictures",
@@ -76,6 +90,9 @@ def image_key(job_id: str, execution: str, index: int) -> str:
 MODEL_KEYS = "dit:model:*"
 MODELS_KEY = "dit:models"
 DEAD_KEY = "dit:dead"
+JOBS_KEY = "dit:jobs"
+BOOKS_KEY = "dit:books"
+BYTES_KEY = "dit:bytes"
 
 
 def model_key(model: str) -> str:
@@ -84,6 +101,15 @@ def model_key(model: str) -> str:
 
 def bell_key(model: str) -> str:
     return f"dit:bell:{model}"
+
+
+def owned_jobs_key(owner: str) -> str:
+    """Of the owner's jobs; of everybody's for nobody in particular."""
+    return f"{JOBS_KEY}:{owner}" if owner else JOBS_KEY
+
+
+def idempotency_key(owner: str, digest: str) -> str:
+    return f"dit:idempotency:{owner}:{digest}"
 
 
 def _is_number(value: object) -> bool:
@@ -176,6 +202,7 @@ class ModelRecord:
     dtype: str = ""
     max_rows: int = 0
     block_cache: bool = False  # whether requests may ask for one
+    rows_per_s: float = 0.0  # that one such worker does with full batches, as it measured at its start; 0 while not resident
 
     def dump(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -187,12 +214,23 @@ class ModelRecord:
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
+# A Lua function for scripts: the seconds that a job's results live, also of a damaged record, which EXPIRE would refuse.
+LIFETIME = """
+local function lifetime(text)
+  local ttl = math.floor(tonumber(text) or 0)
+  return ttl >= 1 and ttl <= 1000000000 and ttl or 86400
+end
+"""
+
 # KEYS job, events, rq queue, rq job. ARGV job id, now, done event.
 # → the status it had: 'queued' was canceled at once, 'running' shall stop at its next step. Also where memory has run out: it frees some.
-CANCEL = """#!lua flags=allow-oom
+CANCEL = (
+    "#!lua flags=allow-oom\n"
+    + LIFETIME
+    + """
 local status = redis.call('HGET', KEYS[1], 'status')
 if status == 'queued' then
-  local ttl = redis.call('HGET', KEYS[1], 'result_ttl_s')
+  local ttl = lifetime(redis.call('HGET', KEYS[1], 'result_ttl_s'))
   redis.call('HSET', KEYS[1], 'status', 'canceled', 'finished_at', ARGV[2])
   redis.call('XADD', KEYS[2], '*', 'event', 'done', 'data', ARGV[3])
   redis.call('EXPIRE', KEYS[1], ttl)
@@ -202,4 +240,27 @@ elseif status == 'running' then
   redis.call('HSET', KEYS[1], 'status', 'canceling')
 end
 return status
+"""
+)
+
+# A Lua function for scripts: forget(now, most) takes up to `most` jobs that may have expired out of the lists of jobs, and gives back their
+# bytes. Nobody is told when a key expires, so whoever submits, and every worker's maintenance, looks at those that are due.
+FORGET = """
+local function forget(now, most)
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', 'dit:books', '-inf', now, 'LIMIT', 0, most)) do
+    local id, owner, bytes = string.match(entry, '^([^|]*)|([^|]*)|(%d+)$')
+    local ttl = redis.call('TTL', 'dit:job:' .. id)
+    if ttl == -2 then
+      redis.call('ZREM', 'dit:books', entry)
+      redis.call('ZREM', 'dit:jobs', id)
+      if owner ~= '' then
+        redis.call('ZREM', 'dit:jobs:' .. owner, id)
+        redis.call('SREM', 'dit:active:' .. owner, id)
+      end
+      if redis.call('DECRBY', 'dit:bytes', bytes) <= 0 then redis.call('DEL', 'dit:bytes') end
+    else
+      redis.call('ZADD', 'dit:books', now + (ttl == -1 and 60 or math.max(ttl, 1)), entry)
+    end
+  end
+end
 """

@@ -16,7 +16,7 @@ News = tuple[str, str, str, dict[str, Any], int | None]  # job id, execution, ev
 End = tuple[str, str, list[dict[str, Any]]]  # job id, execution, pictures
 
 
-_RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s")
+_RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s", "previews")
 Record = Sequence[bytes | None]
 
 
@@ -27,18 +27,19 @@ class Order:
     request: GenerationRequest
     checkpoint: str  # that it is pinned to
     result_ttl_s: int
+    previews: bool = False
 
     @classmethod
     def parse(cls, record: Record) -> Self:
         """ValueError if that is not of our kind."""
-        version, text, pinned, ttl_s = record
+        version, text, pinned, ttl_s, previews = record
         if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
             raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
         if text is None or pinned is None or ttl_s is None:
             raise ValueError("the job's record lacks its request, its checkpoint or its TTL")
-        if int(ttl_s) < 1:
+        if not 1 <= int(ttl_s) <= protocol.MAX_RESULT_TTL_S:
             raise ValueError(f"the job's results cannot live for {int(ttl_s)} s")
-        return cls(GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s))
+        return cls(GenerationRequest.parse(text.decode()), pinned.decode(), int(ttl_s), previews == b"1")
 
 
 class JobResults:

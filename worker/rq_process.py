@@ -220,7 +220,7 @@ class WorkerProcess(BaseWorker):
         while not self._stop_requested:
             if self.should_run_maintenance_tasks:
                 self.run_maintenance_tasks()
-            self.engine.models.poll(set())
+            self.engine.rest()
             self._update_models()
             found = self._take(idle=True)
             if found:
@@ -238,7 +238,9 @@ class WorkerProcess(BaseWorker):
             model, job_id = found
             queue = self._queue(model, self.connection)
             try:
-                return Job.fetch(job_id, connection=self.connection, serializer=JSONSerializer), queue
+                job = Job.fetch(job_id, connection=self.connection, serializer=JSONSerializer)
+                job.origin = queue.name  # where it was found, whatever its record says: its lease belongs there
+                return job, queue
             except NoSuchJobError:
                 self._forget(job_id, queue, "it was deleted from the queue")
             except (RedisError, StopRequested):

@@ -16,7 +16,7 @@ from rq.utils import now as rq_now
 from rq.worker import WorkerStatus
 
 from worker import protocol
-from worker.engine import Event, ImageReady, JobDone, JobFailed
+from worker.engine import Event, ImageReady, JobDone, JobFailed, Preview
 from worker.heart import RENEW_EVERY_S
 from worker.leases import Lease
 from worker.results import News, Order, Record
@@ -109,7 +109,7 @@ class DiTWorker(WorkerProcess):
     def _admit(self, job: Job, execution: Execution, record: Record, *, alone: bool) -> None:
         try:
             order = Order.parse(record)
-            self.engine.add(job.id, order.request, order.checkpoint, alone=alone)
+            self.engine.add(job.id, order.request, order.checkpoint, alone=alone, previews=order.previews)
         except ValueError as error:
             self._refuse(job, execution, str(error))
         else:
@@ -123,6 +123,7 @@ class DiTWorker(WorkerProcess):
 
     def _handle(self, events: Sequence[Event]) -> None:
         events = [event for event in events if event.job_id in self.leases]  # else another's by now
+        self._show([event for event in events if isinstance(event, Preview)])
         ready, done = [e for e in events if isinstance(e, ImageReady)], [e for e in events if isinstance(e, JobDone)]
         if ready or done:
             self._store(ready, [self.leases[event.job_id] for event in done])
@@ -134,6 +135,17 @@ class DiTWorker(WorkerProcess):
                 and self._close(lease, self.results.fail(lease.job.id, lease.execution.id, event.message))
             ):
                 self._finish_failed(lease.job, lease.execution, event.message)
+
+    def _show(self, previews: Sequence[Preview]) -> None:
+        """Where Redis is in trouble, nobody sees them."""
+        news: list[News] = []
+        for preview in previews:
+            lease = self.leases[preview.job_id]
+            steps = lease.order.request.steps
+            data = {"index": preview.index, "step": int(preview.share * steps), "steps": steps, "image": preview.url}
+            news.append((preview.job_id, lease.execution.id, "preview", data, None))
+        if news:
+            self._obey(news, self._if_it_answers(lambda: self.results.tell_all(news)[0]) or [])
 
     def _store(self, ready: Sequence[ImageReady], done: Sequence[Lease]) -> None:
         """The pictures of one tick, their events and the ends of jobs in one round trip; they are kept here until Redis has taken them."""

@@ -35,6 +35,7 @@ log = logging.getLogger("dit.runner")
 
 _SLOTS_PER_ROW = 4  # pictures that may have started for each row: the others pause
 _STATE_BYTES = 1 << 30
+PREVIEW_HALVED_FROM = 64  # pixels
 _RUN_AHEAD = 2  # ticks that the device may be behind
 
 
@@ -74,11 +75,12 @@ class Runner:
             for part in (checkpoint.dit.blocks, checkpoint.dit.final_layer):
                 pack_linears(part, self.buckets[-1] * self.config.num_tokens)
         self.decoder = Decoder(checkpoint.vae, min(max_rows, max_decode or max_rows), self.device)
-        picture_bytes = 4 * K * c.in_channels * c.input_size**2
+        picture_bytes = 4 * (K + 1) * c.in_channels * c.input_size**2
         self.slots = max(self.buckets[-1], min(_SLOTS_PER_ROW * max_rows, _STATE_BYTES // picture_bytes))
         self.state = torch.zeros(self.slots + 1, K, *self.shape, device=self.device)  # the last one pads
+        self.clean = torch.zeros(self.slots + 1, *self.shape, device=self.device)  # what the last step took the latents to become
         self.prepared = PreparedTable(checkpoint.dit, self.buckets[-1], self.device)
-        arguments, self.block_cache = (checkpoint.dit, self.state, self.prepared.rows), block_cache
+        arguments, self.block_cache = (checkpoint.dit, self.state, self.clean, self.prepared.rows), block_cache
         self.changes = self._room_for_changes() if block_cache else None
         self._run: dict[bool, Advance] = {True: make_advance(*arguments, compile=compile, changes=self.changes)}  # do all blocks run?
         if block_cache:
@@ -86,6 +88,7 @@ class Runner:
         self._captured: dict[tuple[bool, int], Captured] = {}
         self._flights: deque[_Flight] = deque()
         self.slowest_tick_s = 0.0  # the largest forward and the largest decode, measured by warm_up()
+        self.rows_per_s = 0.0  # of full forwards, decoding aside, measured there too
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # a graph per bucket and checkpoint
 
     def _room_for_changes(self) -> Tensor:
@@ -120,16 +123,22 @@ class Runner:
         if self.reproducible:
             self.buckets, self.decoder.buckets = self.buckets[-1:], self.decoder.buckets[-1:]
         if self.device.type == "cuda":
-            pool = torch.cuda.graph_pool_handle()
-            for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
-                for all_blocks, run in self._run.items():
-                    self._captured[all_blocks, bucket] = Captured(run, bucket, self.device, pool)
+            self._capture()
         curve = {bucket: elapsed(partial(self._probe, torch.arange(bucket)), self.device) for bucket in self.buckets}
         decode_s = elapsed(partial(self._probe_decode, torch.arange(self.decoder.buckets[-1])), self.device)
         self.slowest_tick_s = max(curve.values()) + decode_s
+        self.rows_per_s = self.max_rows / curve[self.buckets[-1]]
         self.state.zero_()
         times = ", ".join(f"{rows}: {1e3 * seconds:.1f} ms" for rows, seconds in curve.items())
         log.info("warm after %.1f s; a tick of rows %s; decode in %s", time.perf_counter() - started, times, self.decoder.buckets)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """A graph per bucket. They share memory, which is free again only when all of them are gone."""
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
+            for all_blocks, run in self._run.items():
+                self._captured[all_blocks, bucket] = Captured(run, bucket, self.device, pool, self.slots)
 
     def _steady(self, name: str, buckets: list[int], run: Callable[[Tensor], Tensor]) -> list[int]:
         kept = alike_buckets(run, buckets)
@@ -240,8 +249,17 @@ class Runner:
         real[:count, :-3] = [plan.coefficients[i] for plan, i in plans]
         real[:count, -3] = scale
         real[:count, -2:] = [(plan.guidance_channels, plan.guidance_rescale) for plan, _ in plans]
+        # What it takes to hear of the step is there before it: from the launch on, nothing may fail.
+        landing = self._landing(count)
+        stepped = [(picture, picture.attempt) for picture in pictures]
         finite = self._launch(whole, real, all_blocks)[:count]
-        self._flights.append(self._flight(pictures, finite))
+        if landing is None:
+            self._flights.append(_Flight(stepped, finite, None))
+        else:
+            host, done = landing
+            host.copy_(finite, non_blocking=True)
+            done.record()
+            self._flights.append(_Flight(stepped, host, done))
 
     def _ahead(self, pictures: Sequence[Picture]) -> Iterator[Pair]:
         """The (time, class) pairs of the pictures' next evaluations, soonest first; alike pictures of a job are asked once."""
@@ -262,14 +280,11 @@ class Runner:
         captured = self._captured.get((all_blocks, len(whole)))
         return captured(*pinned) if captured else self._run[all_blocks](*(v.to(self.device, non_blocking=True) for v in pinned))
 
-    def _flight(self, pictures: Sequence[Picture], finite: Tensor) -> _Flight:
-        stepped = [(picture, picture.attempt) for picture in pictures]
+    def _landing(self, count: int) -> tuple[Tensor, torch.cuda.Event] | None:
+        """Where a CUDA device tells of so many pictures, and when it has."""
         if self.device.type != "cuda":
-            return _Flight(stepped, finite, None)
-        host = torch.empty(len(stepped), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return _Flight(stepped, host, done)
+            return None
+        return torch.empty(count, dtype=torch.bool, pin_memory=True), torch.cuda.Event()
 
     def lost(self) -> list[tuple[Picture, int]]:
         """Pictures that have left the finite numbers, with their attempt at that time; those of the last ticks may be told later."""
@@ -289,6 +304,14 @@ class Runner:
         """Begin to decode finished pictures, at most the largest of `decode_buckets`; their slots are free at once."""
         return self.decoder.start(self.state[self._tensor([p.slot for p in pictures]), 0])
 
+    @torch.inference_mode()
+    def preview(self, pictures: Sequence[Picture]) -> Decoding:
+        """Begin to decode what the last step took pictures to become, at most the largest of `decode_buckets`; large ones at half size."""
+        latents = self.clean[self._tensor([p.slot for p in pictures])]
+        if self.checkpoint.config.image_size >= PREVIEW_HALVED_FROM and self.config.input_size % 2 == 0:
+            latents = torch.nn.functional.avg_pool2d(latents, 2)
+        return self.decoder.start(latents)
+
     # When something goes wrong.
 
     def halve(self) -> bool:
@@ -297,9 +320,15 @@ class Runner:
             return False
         self.max_rows = max(FEWEST_ROWS, self.max_rows // 2)
         self.buckets = [b for b in self.buckets if b <= self.bucket(self.max_rows)]
-        self._captured = {key: graph for key, graph in self._captured.items() if key[1] in self.buckets}
-        if self.device.type == "cuda":
+        if self._captured:
+            self._captured.clear()
             torch.cuda.empty_cache()
+            try:
+                self._capture()
+            except torch.OutOfMemoryError:
+                log.warning("no memory to capture graphs again; steps are launched kernel by kernel")
+                self._captured.clear()
+        torch.cuda.empty_cache()  # does nothing where there is no CUDA
         return True
 
     def healthy(self) -> bool:

@@ -8,7 +8,7 @@ After a lost answer a command is sent again (worker/patience.py), so each of the
 harmless is said at each.
 """
 
-from worker.protocol import ALONE_FROM, BELL_RINGS, BELL_TTL_S, CLAIM_S, LEASE_S, MAX_ATTEMPTS, MODEL_TTL_S
+from worker.protocol import ALONE_FROM, BELL_RINGS, BELL_TTL_S, CLAIM_S, FORGET, LEASE_S, LIFETIME, MAX_ATTEMPTS, MODEL_TTL_S
 
 _ALSO_WHEN_FULL = "#!lua flags=allow-oom\n"
 
@@ -128,13 +128,14 @@ return 1
 # result. → 0 if another execution owns the job, else 1. Twice: the end that this execution has written is confirmed.
 FINISH = (
     _ALSO_WHEN_FULL
+    + LIFETIME
     + _BURY
     + """
 local status, owner, ttl = unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'result_ttl_s'))
 if owner ~= ARGV[2] then return 0 end
 if status == ARGV[3] or status == 'canceled' then return 1 end
 if status ~= 'running' and status ~= 'canceling' and status ~= 'queued' then return 0 end
-ttl = tonumber(ttl) or 86400 -- of a damaged record, which ends all the same
+ttl = lifetime(ttl)
 local ended, images, reason, done = ARGV[3], ARGV[5], ARGV[6], ARGV[7]
 if status == 'canceling' then ended, images, reason, done = 'canceled', '[]', '', '{"status": "canceled"}' end
 redis.call('HSET', KEYS[1], 'status', ended, 'finished_at', ARGV[4], 'images', images, 'error', reason)
@@ -153,11 +154,11 @@ GIVE_BACK = (
     _ALSO_WHEN_FULL
     + _PUSH
     + """
-local status, owner, model = unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'model'))
+local status, owner, model, attempts = unpack(redis.call('HMGET', KEYS[1], 'status', 'execution', 'model', 'attempts'))
 if owner ~= ARGV[2] or (status ~= 'running' and status ~= 'canceling') then return 0 end
 redis.call('ZREM', 'rq:wip:dit-' .. model, ARGV[1] .. ':' .. ARGV[2])
 redis.call('HSET', KEYS[1], 'execution', '')
-redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+redis.call('HSET', KEYS[1], 'attempts', math.max(0, math.floor(tonumber(attempts) or 1) - 1))
 if status == 'running' then
   redis.call('HSET', KEYS[1], 'status', 'queued', 'step', '0')
   redis.call('XADD', KEYS[2], '*', 'event', 'queued', 'data', ARGV[3])
@@ -172,6 +173,7 @@ return 1
 # Twice, or by two workers at once: a lease is taken away once, and only whoever takes it away acts.
 REAP = (
     _ALSO_WHEN_FULL
+    + LIFETIME
     + _PUSH
     + _BURY
     + f"""
@@ -200,8 +202,8 @@ for _, lease in ipairs(redis.call('ZRANGEBYSCORE', wip, '-inf', now, 'LIMIT', 0,
   local job = 'dit:job:' .. id
   local status, owner, attempts, ttl = unpack(redis.call('HMGET', job, 'status', 'execution', 'attempts', 'result_ttl_s'))
   local other = owner and owner ~= execution and redis.call('ZSCORE', wip, id .. ':' .. owner)
-  if status == 'running' and owner == execution and tonumber(attempts) >= {MAX_ATTEMPTS} then
-    fail(id, job, tonumber(ttl) or 86400)
+  if status == 'running' and owner == execution and (tonumber(attempts) or 0) >= {MAX_ATTEMPTS} then
+    fail(id, job, lifetime(ttl))
     table.insert(told, 'dead')
     table.insert(told, id)
   elseif not (other and tonumber(other) > now) then
@@ -219,13 +221,14 @@ return told
 """
 )
 
-# ARGV model, job id. A job that was popped and never leased waits again. → 0 if it is not there any more; so twice is harmless.
+# ARGV model, job id. A job that was popped and never leased waits again, also where rq has lost its record: whoever takes it ends it.
+# → 0 if it is not there any more; so twice is harmless.
 UNSTICK = (
     _ALSO_WHEN_FULL
     + _PUSH
     + """
 if redis.call('LREM', 'rq:queue:dit-' .. ARGV[1] .. ':intermediate', 0, ARGV[2]) == 0 then return 0 end
-if redis.call('EXISTS', 'rq:job:' .. ARGV[2]) == 1 then push(ARGV[1], ARGV[2]) end
+if redis.call('EXISTS', 'rq:job:' .. ARGV[2], 'dit:job:' .. ARGV[2]) > 0 then push(ARGV[1], ARGV[2]) end
 return 1
 """
 )
@@ -263,3 +266,6 @@ end
 return known
 """
 )
+
+# What has expired leaves the lists of jobs. Twice: nothing is left to forget.
+TIDY = _ALSO_WHEN_FULL + FORGET + "forget(tonumber(redis.call('TIME')[1]), 1000)"

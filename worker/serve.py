@@ -12,7 +12,7 @@ from redis import Redis
 
 from model.checkpoint import CheckpointConfig
 from model.samplers import available_samplers, available_spacings, max_steps
-from worker.device import choose_device, choose_dtype
+from worker.device import choose_device, choose_dtype, use_device
 from worker.engine import Engine
 from worker.load import Loader
 from worker.models import Shelf
@@ -46,6 +46,7 @@ def describe(model: str, config: CheckpointConfig, checkpoint: str, runner: Runn
         dtype=str(loader.dtype).removeprefix("torch."),
         max_rows=runner.max_rows if runner else 0,
         block_cache=loader.block_cache,
+        rows_per_s=round(runner.rows_per_s, 3) if runner else 0.0,
     )
 
 
@@ -87,6 +88,7 @@ def serve(
 ) -> None:
     """Runs until SIGTERM or SIGINT. Raises CheckpointError or ValueError before anything is served."""
     where = choose_device(device)
+    use_device(where)
     loader = Loader(
         where, choose_dtype(dtype, where), max_rows=max_rows, compile=compile, reproducible=reproducible, block_cache=block_cache
     )

@@ -1,11 +1,15 @@
 """`POST /generate`."""
 
+import hashlib
+import json
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import JSONResponse
 
+from app.admission import picture_bytes
+from app.jobs import Key
 from app.problems import Problem
 from app.resolve import choose_model, resolve
 from app.routes.dependencies import Store, problems
@@ -38,26 +42,48 @@ def preferred_wait(prefer: str | None) -> int:
 async def generate(
     body: GenerateRequest,
     store: Store,
+    previews: Annotated[
+        bool, Query(description="Tell what the pictures look like on their way, as events `preview`: four times each.")
+    ] = False,
     prefer: Annotated[str | None, Header()] = None,
     accept: Annotated[str | None, Header()] = None,
+    idempotency_key: Annotated[
+        str | None, Header(max_length=255, description="Any text: an equal request with an equal key is answered with the same job.")
+    ] = None,
 ) -> Response:
     """Queue a job. With `Prefer: wait=N` and `Accept: image/png`, a job of one image answers with the picture itself."""
-    record = choose_model(body.model, await store.models())
-    request = resolve(body, record)
-    job_id = await store.submit(request, record.checkpoint)
+    key = Key(idempotency_key, fingerprint(body, previews)) if idempotency_key is not None else None
+    job_id = await store.made_before(key) if key else None
+    if job_id is None:
+        record = choose_model(body.model, await store.models())
+        request = resolve(body, record)
+        room = request.num_images * picture_bytes(record.image_size, record.image_channels)
+        room *= 2 if previews else 1  # four previews of a quarter of the pixels each
+        job_id = await store.submit(request, record.checkpoint, image_bytes=room, previews=previews, key=key)
     headers = {"Location": f"/jobs/{job_id}"}
     wait_s = preferred_wait(prefer)
     ended = bool(wait_s) and await store.wait(job_id, wait_s)
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
     job = await store.get(job_id)
-    if ended and "image/png" in (accept or "").lower() and request.num_images == 1:
+    if ended and "image/png" in (accept or "").lower() and _pictures(job) == 1:
         return await _picture(store, job_id, str(job["status"]), job["error"], headers)
     return JSONResponse(job, 200 if ended else 202, headers)
 
 
+def fingerprint(body: GenerateRequest, previews: bool) -> str:
+    """The same for every way of writing the same request."""
+    said = {**body.model_dump(mode="json", exclude_unset=True), "previews": previews}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _pictures(job: dict[str, Any]) -> int:
+    request = job["request"]
+    return int(request["num_images"]) if "num_images" in request else len(request["class_label"])
+
+
 async def _picture(store: Store, job_id: str, status: str, error: str | None, headers: dict[str, str]) -> Response:
     if status != protocol.SUCCEEDED:
-        raise Problem(409, f"job {job_id} {status}{f': {error}' if error else ''}")
+        raise Problem(409, f"job {job_id} {status}{f': {error}' if error else ''}", kind="not-succeeded")
     data, digest = await store.image(job_id, 0)
     return Response(data, 200, {**headers, "ETag": f'"{digest}"', "Content-Location": f"/jobs/{job_id}/images/0"}, "image/png")

@@ -1,24 +1,41 @@
 """`/jobs/{id}`: the job, its pictures, its events, its end."""
 
+import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Response
+from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from redis.exceptions import RedisError
 
-from app.jobs import JobStore
+from app.jobs import EVERYBODY, JobStore, id_time
 from app.problems import Problem, field_error, invalid
 from app.routes.dependencies import Store, problems
-from app.schemas import MAX_IMAGES, JobView
+from app.schemas import MAX_IMAGES, JobList, JobView
+from app.sheet import contact_sheet
 from worker import protocol
 
 log = logging.getLogger("dit.api")
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
+MAX_PAGE = 100
 JobId = Annotated[str, Path(max_length=100)]
+
+
+@router.get("", response_model=JobList, responses=problems(422, 503))
+async def list_jobs(
+    store: Store,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
+    cursor: Annotated[str | None, Query(max_length=100, description="`next` of the page before.")] = None,
+) -> JSONResponse:
+    """The caller's jobs, newest first."""
+    if cursor is not None and id_time(cursor) is None:
+        raise invalid([field_error("cursor", cursor, "must be `next` of the page before")])
+    jobs, after = await store.page(EVERYBODY, limit, cursor)
+    return JSONResponse({"jobs": jobs, "next": after})
 
 
 @router.get("/{job_id}", response_model=JobView, responses=problems(404, 410, 422, 503))
@@ -31,7 +48,8 @@ async def cancel_job(job_id: JobId, store: Store) -> JSONResponse:
     """200 if it was queued and is canceled now, 202 if it runs and stops at its next step, 409 once it has ended."""
     status = await store.cancel(job_id)
     if status in protocol.FINAL:
-        raise Problem(409, f"job {job_id} has ended already: it {status if status != 'canceled' else 'was canceled'}")
+        how = status if status != "canceled" else "was canceled"
+        raise Problem(409, f"job {job_id} has ended already: it {how}", kind="ended")
     return JSONResponse(await store.get(job_id), 200 if status == protocol.QUEUED else 202)
 
 
@@ -48,11 +66,34 @@ async def get_image(
 ) -> Response:
     """The PNG. Its bytes never change, so caches may keep it."""
     data, digest = await store.image(job_id, index)
-    headers = {"ETag": f'"{digest}"', "Cache-Control": "private, max-age=31536000, immutable"}
-    tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
-    if headers["ETag"] in tags or "*" in tags:
+    headers = _cached(digest)
+    if _has(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return Response(data, headers=headers, media_type="image/png")
+
+
+@router.get(
+    "/{job_id}/grid",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}, 304: {"description": "Not modified"}, **problems(404, 409, 410, 422, 503)},
+)
+async def get_grid(job_id: JobId, store: Store, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    """All pictures of a job that has succeeded as one contact sheet, row by row."""
+    pictures = await store.images(job_id)
+    headers = _cached(hashlib.sha256(b"".join(hashlib.sha256(picture).digest() for picture in pictures)).hexdigest())
+    if _has(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    return Response(await asyncio.to_thread(contact_sheet, pictures), headers=headers, media_type="image/png")
+
+
+def _cached(digest: str) -> dict[str, str]:
+    """What is told of bytes that never change."""
+    return {"ETag": f'"{digest}"', "Cache-Control": "private, max-age=31536000, immutable"}
+
+
+def _has(if_none_match: str | None, tag: str) -> bool:
+    tags = [given.strip().removeprefix("W/") for given in (if_none_match or "").split(",")]
+    return tag in tags or "*" in tags
 
 
 @router.get(

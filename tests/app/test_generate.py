@@ -25,7 +25,8 @@ def test_a_job_is_queued_and_told(client: TestClient) -> None:
     assert "preference-applied" not in answer.headers
     assert (job["status"], job["queue_position"], job["progress"]) == ("queued", 0, {"step": 0, "steps": 3})
     assert (job["images"], job["error"], job["started_at"], job["finished_at"]) == ([], None, None, None)
-    assert job["links"] == {"self": f"/jobs/{job['id']}", "events": f"/jobs/{job['id']}/events"}
+    here = f"/jobs/{job['id']}"
+    assert job["links"] == {"self": here, "events": f"{here}/events", "grid": f"{here}/grid"}
     assert client.get(answer.headers["location"]).json() == job
 
 

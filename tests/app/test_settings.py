@@ -43,6 +43,7 @@ def test_each_field_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "HANG_SECONDS": "90.0",
         "QUEUE_LIMIT": "5",
         "RESULT_TTL": "60",
+        "IMAGE_BYTES": "1000",
         "DATA": "/state",
         "IMAGE_STORE": "redis",
     }

@@ -134,7 +134,9 @@ def test_the_api_description_says_what_is_served(document: dict[str, Any]) -> No
     calls = {(verb, path) for path, verbs in document["paths"].items() for verb in verbs}
     assert calls == {
         ("post", "/generate"),
+        ("get", "/jobs"),
         ("get", "/jobs/{job_id}"),
+        ("get", "/jobs/{job_id}/grid"),
         ("delete", "/jobs/{job_id}"),
         ("get", "/jobs/{job_id}/images/{index}"),
         ("get", "/jobs/{job_id}/events"),

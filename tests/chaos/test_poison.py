@@ -22,7 +22,7 @@ def test_a_poison_job_ends_after_five_attempts_and_every_good_one_succeeds(servi
             service.worker(deadly)
         return service.look()
 
-    service.wait(supervise, "the end of all jobs")
+    service.wait(supervise, "the end of all jobs", timeout_s=500)  # five deaths, each with a lease to run out
     poisoned = jobs.pop(2)
     poison = service.ended[poisoned]
     assert (poison.status, poison.attempts) == ("failed", protocol.MAX_ATTEMPTS)

@@ -262,11 +262,11 @@ def own_service(tmp_path: Path, registry: Path) -> Iterator[Callable[..., Servic
 
 @pytest.fixture(scope="session")
 def long_job() -> dict[str, Any]:
-    """A request that takes a second or more: time to do something in the middle of it."""
-    return {"class_label": "Sneaker", "guidance_scale": 2.0, "steps": 1000, "seed": 7}
+    """A request that takes some seconds: time to do something in the middle of it."""
+    return {"class_label": "Sneaker", "guidance_scale": 2.0, "steps": 1000, "seed": 7, "num_images": 8}
 
 
 @pytest.fixture(scope="session")
-def long_picture(service: Service, long_job: dict[str, Any]) -> bytes:
+def long_pictures(service: Service, long_job: dict[str, Any]) -> list[bytes]:
     """What that request gives when nothing disturbs it."""
-    return service.picture(**long_job)
+    return service.pictures(service.submit(**long_job))

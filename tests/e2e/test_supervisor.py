@@ -20,18 +20,18 @@ QUICK_S = 60.0  # for what takes a second or two on an idle machine
 # --- processes die -----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_survives_kill_9_of_its_worker(own_service: Callable[..., Any], long_job: dict[str, Any], long_picture: bytes) -> None:
+def test_a_job_survives_kill_9_of_its_worker(own_service: Callable[..., Any], long_job: dict[str, Any], long_pictures: list[bytes]) -> None:
     service = own_service().ready()
     job_id = service.submit(**long_job)
     service.running(job_id)
     first = service.child("app.cli worker")
     os.kill(first, signal.SIGKILL)
-    assert service.pictures(job_id) == [long_picture]
+    assert service.pictures(job_id) == long_pictures
     assert service.child("app.cli worker") != first and "the worker ended (signal SIGKILL)" in service.stdout
     assert service.interrupt() == 0 and service.processes() == {}
 
 
-def test_jobs_survive_kill_9_of_dit_up(own_service: Callable[..., Any], long_job: dict[str, Any], long_picture: bytes) -> None:
+def test_jobs_survive_kill_9_of_dit_up(own_service: Callable[..., Any], long_job: dict[str, Any], long_pictures: list[bytes]) -> None:
     service = own_service().ready()
     jobs = [service.submit(**long_job), *(service.submit(class_label=i, num_images=4) for i in range(3))]
     service.running(jobs[0])
@@ -39,15 +39,15 @@ def test_jobs_survive_kill_9_of_dit_up(own_service: Callable[..., Any], long_job
     service.process.wait()
     began = time.monotonic()
     while service.processes():
-        assert time.monotonic() - began < 15, service.processes()
+        assert time.monotonic() - began < 60, service.processes()
         time.sleep(0.1)
     service.start().ready()
-    assert service.pictures(jobs[0]) == [long_picture]
+    assert service.pictures(jobs[0]) == long_pictures
     assert [len(service.pictures(job)) for job in jobs[1:]] == [4, 4, 4]
 
 
 def test_ctrl_c_ends_everything_in_order_and_the_job_goes_on_at_the_next_start(
-    own_service: Callable[..., Any], long_job: dict[str, Any], long_picture: bytes
+    own_service: Callable[..., Any], long_job: dict[str, Any], long_pictures: list[bytes]
 ) -> None:
     service = own_service(DIT_DRAIN_SECONDS="0").ready()
     job_id = service.submit(**long_job)
@@ -57,7 +57,7 @@ def test_ctrl_c_ends_everything_in_order_and_the_job_goes_on_at_the_next_start(
     assert service.processes() == {}
     assert service.stdout.endswith("dit: stopping\n") and f"job {job_id} goes back to the queue" in service.stderr
     assert "Traceback" not in service.stderr
-    assert service.start().ready().pictures(job_id) == [long_picture]
+    assert service.start().ready().pictures(job_id) == long_pictures
 
 
 def test_the_api_and_the_server_are_started_again_too(own_service: Callable[..., Any]) -> None:

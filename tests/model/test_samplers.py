@@ -437,3 +437,21 @@ def test_the_error_is_the_same_whether_the_network_predicts_noise_or_v(sampler: 
 def test_many_steps_of_any_spacing_come_close_to_the_data(sampler: str, spacing: str) -> None:
     mean, std = moments(NOISE_OF_CONTINUOUS, build_table(NOISE_OF_CONTINUOUS, sampler, 640, spacing=spacing))
     assert (mean, std) == pytest.approx((MEAN, STD), abs=0.01)
+
+
+# --- the clean latent --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("objective", "name"), [*EVERY_SAMPLER, *((V, name) for name in SAMPLERS["diffusion"])])
+def test_a_row_tells_the_clean_latent_that_the_network_sees(objective: ObjectiveConfig, name: str) -> None:
+    """x at a row's own time, made of a clean latent and noise, and the true answer give that latent back."""
+    table = build_table(objective, name, 7)
+    clean, noise = draw(5), draw(2, 5)[1]
+    for t, (p, q) in zip(table.t, table.clean, strict=True):
+        if objective.kind == "flow":
+            x, out = (1 - t) * clean + t * noise, noise - clean
+        else:
+            alpha_bar = GaussianDiffusion(objective).alpha_bar[int(t)]
+            alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+            x, out = alpha * clean + sigma * noise, noise if objective.prediction == "noise" else alpha * noise - sigma * clean
+        assert torch.allclose(p * x + q * out, clean, atol=1e-9)

@@ -167,7 +167,7 @@ class Jobs:
 
     def submit(self, request: GenerationRequest, checkpoint: str = HASH, job_id: str | None = None) -> str:
         job_id = job_id or new_id()
-        self.store._enqueue(job_id, request, checkpoint)
+        self.store.admission.submit(self.store.submission(job_id, request, checkpoint))
         return job_id
 
     def cancel(self, job_id: str) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from worker.engine import Engine, Event, ImageReady, JobDone
+from worker.engine import Engine, Event, ImageReady, JobDone, JobFailed
 from worker.models import OneModel
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.runner import Runner
@@ -61,7 +61,7 @@ def pictures(runner: Runner, jobs: Jobs) -> dict[tuple[str, int], bytes]:
 
 def ends(events: Events) -> dict[str, str]:
     """Job → how it ended; each ends once."""
-    found = [(e.job_id, "done" if isinstance(e, JobDone) else e.message) for _, e in events if not isinstance(e, ImageReady)]
+    found = [(e.job_id, "done" if isinstance(e, JobDone) else e.message) for _, e in events if isinstance(e, JobDone | JobFailed)]
     assert len({name for name, _ in found}) == len(found), "a job ended twice"
     return dict(found)
 

@@ -50,6 +50,20 @@ def test_a_latent_that_is_not_finite_gives_no_picture_and_spoils_no_other(decode
     assert found[1] is None and all(np.array_equal(found[i], clean[i]) for i in (0, 2, 3))
 
 
+@torch.inference_mode()
+def test_a_decoder_that_overflows_gives_no_picture_and_spoils_no_other(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean, original = decoder.start(latents(4)).result(), decoder.vae.decode
+
+    def overflow(z: torch.Tensor) -> torch.Tensor:
+        images = original(z)
+        images[2, 0, 0, 0] = float("inf")
+        return images
+
+    monkeypatch.setattr(decoder.vae, "decode", overflow)
+    found = decoder.start(latents(4)).result()
+    assert found[2] is None and all(np.array_equal(found[i], clean[i]) for i in (0, 1, 3))
+
+
 @pytest.mark.parametrize(("most", "buckets"), [(1, [2]), (2, [2]), (5, [2, 4]), (8, [2, 4, 8]), (500, [2, 4, 8, 16])])
 def test_batches_are_of_a_few_sizes_and_never_of_one(build_checkpoint: Callable[..., Checkpoint], most: int, buckets: list[int]) -> None:
     assert Decoder(build_checkpoint().vae, most, CPU).buckets == buckets

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.worker.engines import assert_empty, drain, ends, images, pictures
+from tests.worker.engines import assert_empty, drain, ends, images, pictures, start
 from worker.engine import Engine
 from worker.protocol import GenerationRequest
 from worker.runner import Runner
@@ -74,6 +74,18 @@ def test_a_late_checkpoint_gets_its_turn_at_once_and_a_lane_without_jobs_goes(tw
     assert trace[-1]["checkpoint"] == other and {*engine.lanes} == {one, other}
     drain(engine)
     assert_empty(engine)
+
+
+def test_a_lane_without_jobs_goes_also_where_no_tick_comes(runner: Runner, make_request: MakeRequest) -> None:
+    """Else an idle worker would keep a model that has made room for another."""
+    engine = start(runner, {"a": make_request(), "b": make_request(steps=9)})
+    for _ in range(4):
+        engine.tick()
+    engine.rest()
+    assert len(engine.lanes) == 1, "while one of them runs"
+    drain(engine)
+    engine.rest()
+    assert not engine.lanes
 
 
 def test_a_job_waits_for_its_checkpoint_while_others_run_and_no_second_one_of_its_model_is_wanted(

@@ -323,6 +323,23 @@ def test_a_new_version_that_cannot_be_loaded_is_refused_and_the_old_one_stays(
     assert told(shelf) == {"a": new, "b": other}
 
 
+def test_a_latest_version_that_could_not_be_loaded_is_tried_again_by_itself(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = place.publish("a", 1)
+    shelf = place.shelf()
+
+    def full(folder: Path) -> Runner:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(shelf, "_load", full)
+    new = place.publish("a", 2)
+    settle(shelf)
+    monkeypatch.setattr(shelf, "_load", place.load)
+    settle(shelf)
+    assert told(shelf) == {"a": old}, "not at once: each try takes time from those who step"
+    monkeypatch.setattr(models_module, "_RETRY_LATEST_S", 0.0)
+    poll_until(shelf, lambda: told(shelf) == {"a": new})
+
+
 def test_a_version_that_is_not_there_fails_its_job_with_a_clear_message(place: Place, make_request: MakeRequest) -> None:
     place.publish("a", 1)
     engine = Engine(place.shelf())

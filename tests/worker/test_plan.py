@@ -28,7 +28,7 @@ def test_a_plan_has_one_row_of_plain_numbers_per_evaluation(
 ) -> None:
     plan = make_plan(build_table(ObjectiveConfig(objective), sampler, 5), make_request(sampler=sampler, steps=5), 4)
     assert [len(column) for column in (plan.t, plan.coefficients, plan.guided, plan.all_blocks)] == [len(noisy)] * 4
-    assert {len(row) for row in plan.coefficients} == {MAX_STATES**2 + MAX_STATES + 3} == {len(REAL) - 3}
+    assert {len(row) for row in plan.coefficients} == {MAX_STATES**2 + MAX_STATES + 5} == {len(REAL) - 3}
     assert [row[REAL.index("d")] != 0 for row in plan.coefficients] == noisy
     assert (plan.t[0], plan.t[-1]) == ((999, 0) if objective == "diffusion" else (1, pytest.approx(0.2)))
     assert all(type(number) is float for row in plan.coefficients for number in row)

@@ -334,6 +334,8 @@ def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, m
         ("result_ttl_s", None, "lacks its request, its checkpoint or its TTL"),
         ("result_ttl_s", "long", "invalid literal"),
         ("result_ttl_s", "0", "cannot live for 0 s"),
+        ("result_ttl_s", "9" * 16, "cannot live for"),
+        ("result_ttl_s", "1.5", "invalid literal"),
         ("request", "{}", "not a generation request"),
         ("request", b"\xff\xfe", "decode"),
     ],
@@ -365,7 +367,17 @@ def test_the_stream_of_a_long_job_is_trimmed(redis: Redis, results: JobResults, 
     assert 100 <= redis.xlen(protocol.events_key(running)) < 300
 
 
-def test_a_damaged_record_ends_and_expires_too(redis: Redis, jobs: Any, results: JobResults, running: str) -> None:
-    redis.hset(protocol.job_key(running), "result_ttl_s", "long")
+@pytest.mark.parametrize("ttl", ["long", "1.5", "nan", "inf", "-3", "9" * 19, ""])
+def test_a_damaged_record_ends_and_expires_too(redis: Redis, jobs: Any, results: JobResults, running: str, ttl: str) -> None:
+    redis.hset(protocol.job_key(running), "result_ttl_s", ttl)
     assert results.fail(running, jobs.record(running)["execution"], "its record is damaged")
     assert jobs.status(running) == "failed" and redis.ttl(protocol.job_key(running)) > 0
+
+
+@pytest.mark.parametrize("attempts", ["many", "nan", ""])
+def test_a_damaged_count_of_attempts_keeps_no_job_from_waiting_again(
+    redis: Redis, jobs: Any, results: JobResults, running: str, attempts: str
+) -> None:
+    redis.hset(protocol.job_key(running), "attempts", attempts)
+    assert results.give_back(running, jobs.record(running)["execution"])
+    assert (jobs.status(running), jobs.record(running)["attempts"]) == ("queued", "0")

@@ -166,6 +166,20 @@ def test_a_job_that_is_enqueued_in_a_transaction_is_written_by_nothing_else(redi
     assert written[0] == "MULTI" and written[-1] == "EXEC" and written.count("MULTI") == 1, said
 
 
+def test_what_makes_a_job_can_be_taken_from_a_pipeline_that_is_never_sent(redis: Redis, queue: Queue) -> None:
+    """A submission hands these commands to its script: app/admission.py."""
+    with redis.pipeline() as pipeline:
+        job = Job.create("dit.generate", connection=redis, serializer=JSONSerializer, timeout=-1, retry=Retry(max=2))
+        queue.enqueue_job(job, pipeline=pipeline)
+        commands = [arguments for arguments, _ in pipeline.command_stack]
+    assert redis.keys("*") == []
+    assert {words[0] for words in commands} <= {"HSET", "SADD", "RPUSH"}
+    for words in commands:
+        redis.execute_command(*words)
+    assert redis.lrange(queue.key, 0, -1) == [job.id.encode()] and redis.smembers("rq:queues") == {queue.key.encode()}
+    assert Job.fetch(job.id, connection=redis, serializer=JSONSerializer).func_name == "dit.generate"
+
+
 def test_a_job_reads_its_name_as_data_and_imports_nothing(enqueue: Callable[..., Job], redis: Redis) -> None:
     job = enqueue(name="no.such.module.function")
     assert Job.fetch(job.id, connection=redis, serializer=JSONSerializer).func_name == "no.such.module.function"

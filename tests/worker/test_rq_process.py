@@ -417,7 +417,7 @@ def test_a_second_sigterm_ends_the_drain(redis: Redis, jobs: Any, serving: Any, 
     worker.process.send_signal(signal.SIGTERM)
     step = int(jobs.record(job)["step"])
     worker.until(lambda: int(jobs.record(job)["step"]) > step)
-    time.sleep(1.1)  # a double of the first one comes within a second
+    time.sleep(2.0)  # a double of the first one comes within a second
     worker.process.send_signal(signal.SIGTERM)
     assert worker.ends() == 0
     assert (jobs.status(job), jobs.waiting()) == ("queued", [job])

@@ -163,7 +163,7 @@ def test_promises_are_kept_while_a_step_runs(
     def long_step() -> None:
         for entry in redis.zrange(jobs.started, 0, -1):
             redis.zadd(jobs.started, {entry: time.time() + 1})
-        redis.expire(worker.key, 1)
+        redis.expire(worker.key, 5)
         redis.delete(protocol.model_key("tiny"))
         deadline = time.monotonic() + 30
         while not redis.exists(protocol.model_key("tiny")) and time.monotonic() < deadline:
@@ -468,6 +468,19 @@ def test_a_job_popped_but_never_leased_waits_again(
     work(worker)
     assert jobs.status(job) == jobs.status(behind) == "succeeded"
     assert_clean(jobs, worker)
+
+
+def test_a_job_popped_but_never_leased_whose_record_rq_has_lost_ends(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "STUCK_AFTER_S", 0)
+    job = jobs.submit(make_request())
+    redis.delete(f"rq:job:{job}")
+    redis.lmove(jobs.queue, jobs.intermediate)
+    for _ in range(2):
+        worker.clean_registries()
+    work(worker)
+    assert jobs.status(job) == "failed" and jobs.waiting() == [] and redis.llen(jobs.intermediate) == 0
 
 
 def test_what_is_popped_and_unknown_is_forgotten(redis: Redis, jobs: Any, worker: DiTWorker, monkeypatch: pytest.MonkeyPatch) -> None:

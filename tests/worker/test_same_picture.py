@@ -207,7 +207,6 @@ thorough = settings(
     database=None, deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 each_objective = pytest.mark.parametrize("objective", SAMPLERS)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
 
 # --- the property ------------------------------------------------------------------------------------------------------
@@ -228,7 +227,7 @@ def test_every_picture_of_every_crowd_is_bit_for_bit_as_alone(runner_of: Callabl
     holds()
 
 
-@needs_cuda
+@pytest.mark.cuda
 @each_objective
 @pytest.mark.parametrize("name", ["as served", "reproducible"])
 def test_on_cuda_every_picture_is_nearly_as_alone_and_reproducible_bit_for_bit(
