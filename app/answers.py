@@ -53,6 +53,7 @@ class Job:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    estimated_wait_s: float | None = None  # until it starts, about; None where that is not known, and in lists
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
@@ -95,6 +96,8 @@ class Model:
     device: str = ""
     dtype: str = ""
     block_cache: bool = False
+    max_rows: int = 0  # of one forward of a worker
+    rows_per_s: float = 0.0  # as a worker measured it; 0 while it is not known
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
@@ -120,6 +123,16 @@ class ProgressEvent(Event):
 
 
 @dataclass(frozen=True)
+class PreviewEvent(Event):
+    """What picture `index` looks like on its way; `image` is a data: URL."""
+
+    index: int
+    step: int
+    steps: int
+    image: str
+
+
+@dataclass(frozen=True)
 class ImageEvent(Event):
     """Picture `index` can be fetched. After a retry the same index may come again."""
 
@@ -135,7 +148,13 @@ class DoneEvent(Event):
     error: str | None = None
 
 
-_EVENTS: dict[str, type[Event]] = {"queued": QueuedEvent, "progress": ProgressEvent, "image": ImageEvent, "done": DoneEvent}
+_EVENTS: dict[str, type[Event]] = {
+    "queued": QueuedEvent,
+    "progress": ProgressEvent,
+    "preview": PreviewEvent,
+    "image": ImageEvent,
+    "done": DoneEvent,
+}
 
 
 def parse_event(event_id: str, name: str, data: str) -> Event:
@@ -165,11 +184,22 @@ class FieldError:
 
 
 class ApiError(ClientError):
-    """An answer that is an error (RFC 9457). `errors` names the fields of a 422; `retry_after_s` is when to come back, if that was told."""
+    """An answer that is an error (RFC 9457).
 
-    def __init__(self, status: int, detail: str, errors: tuple[FieldError, ...] = (), retry_after_s: float | None = None) -> None:
+    `errors` names the fields of a 422, `retry_after_s` is when to come back, if that was told, and a program may tell errors of one status
+    apart by `type` ("urn:dit:problem:queue-full").
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: tuple[FieldError, ...] = (),
+        retry_after_s: float | None = None,
+        type: str = "about:blank",
+    ) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.errors, self.retry_after_s = status, detail, errors, retry_after_s
+        self.status, self.detail, self.errors, self.retry_after_s, self.type = status, detail, errors, retry_after_s, type
 
     @classmethod
     def parse(cls, status: int, reason: str, body: bytes, retry_after_s: float | None) -> Self:
@@ -177,6 +207,6 @@ class ApiError(ClientError):
         try:
             document = json.loads(body)
             errors = tuple(FieldError(str(error["field"]), str(error["detail"])) for error in document.get("errors") or ())
-            return cls(status, str(document["detail"]), errors, retry_after_s)
+            return cls(status, str(document["detail"]), errors, retry_after_s, str(document.get("type", "about:blank")))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls(status, f"the server answered {status} {reason}".rstrip(), (), retry_after_s)

@@ -468,7 +468,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def generate_command(
     classes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CLASS…", help="Name or index; several make one picture each; - is the unconditional picture."),
+        typer.Argument(metavar="CLASS", help="Name or index; several make one picture each; - is the unconditional picture."),
     ] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="In place of CLASS: the unconditional picture.")] = False,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="Pictures of one class; by default 1.")] = None,

@@ -29,6 +29,7 @@ from app.answers import (
     ImageEvent,
     Job,
     Model,
+    PreviewEvent,
     Progress,
     ProgressEvent,
     QueuedEvent,
@@ -53,6 +54,7 @@ __all__ = [
     "Model",
     "Notice",
     "Options",
+    "PreviewEvent",
     "Progress",
     "ProgressEvent",
     "QueuedEvent",
@@ -113,14 +115,15 @@ class Client:
     def close(self) -> None:
         self._transport.close()
 
-    def generate(self, class_label: ClassLabel | Sequence[ClassLabel], **options: Unpack[Options]) -> Job:
-        """Queue a job of one class, or of a list with one picture each.
+    def generate(self, class_label: ClassLabel | Sequence[ClassLabel], *, previews: bool = False, **options: Unpack[Options]) -> Job:
+        """Queue a job of one class, or of a list with one picture each. `previews`: its events show the pictures on their way.
 
         The request has an Idempotency-Key of its own: when its answer is lost it is sent again, and there is still one job.
         """
         given = class_label if class_label is None or isinstance(class_label, int | str) else list(class_label)
         body = {"class_label": given, **{name: value for name, value in options.items() if value is not None}}
-        return self._transport.answer(Job.parse, "POST", "/generate", json=body, headers={"Idempotency-Key": str(uuid.uuid4())})
+        headers, params = {"Idempotency-Key": str(uuid.uuid4())}, {"previews": "true"} if previews else {}
+        return self._transport.answer(Job.parse, "POST", "/generate", json=body, headers=headers, params=params)
 
     def job(self, job_id: str) -> Job:
         return self._job(job_id, NEVER)

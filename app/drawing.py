@@ -100,8 +100,7 @@ class Bar:
 
 
 def display() -> Display:
-    console = Console(stderr=True)
-    return Bar(console) if console.is_terminal else Lines()
+    return Bar(Console(stderr=True)) if sys.stderr.isatty() else Lines()
 
 
 def draw(url: str, api_key: str | None, label: ClassLabel | list[ClassLabel], options: Options, out: Path, timeout_s: float | None) -> None:
@@ -116,7 +115,8 @@ def draw(url: str, api_key: str | None, label: ClassLabel | list[ClassLabel], op
     with display() as shown, Client(url, api_key, patience_s=patience_s, on_pause=_teller(shown)) as client:
         job = client.generate(label, **options)
         place = f", {job.queue_position} before it" if job.queue_position else ""
-        shown.say(f"job {job.id} is {job.status}{place}")
+        wait = f", about {job.estimated_wait_s:.0f} s from its start" if job.estimated_wait_s else ""
+        shown.say(f"job {job.id} is {job.status}{place}{wait}")
         _follow(client, job, _Folder(out, labels.get(str(job.request["model"]), [])), shown, timeout_s)
 
 

@@ -182,7 +182,7 @@ def test_a_server_that_is_not_there_is_told_at_once(dit: Dit, out: Path, wire: A
     wire.close()
     began = time.monotonic()
     assert one_line(dit("cat", "-o", out, "--url", wire.url)).startswith(f"dit: {wire.url} does not answer: ")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # patience would take a minute
     assert "begins with http:// or https://" in one_line(dit("cat", "-o", out, "--url", "localhost:8000"))
 
 
