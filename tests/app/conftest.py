@@ -1,10 +1,12 @@
 """The API in this process over a real server; what a worker would write there, the tests write."""
 
+import hashlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,21 +136,15 @@ def open_client(server: EmbeddedServer, record: ModelRecord) -> Callable[..., Ab
 
 
 @pytest.fixture
-def listen(server: EmbeddedServer, record: ModelRecord) -> Callable[..., AbstractContextManager[int]]:
-    """`with listen(**settings) as port`: the API behind a real socket, where a stream comes as it is sent."""
+def on_port(listen: Callable[..., AbstractContextManager[str]], record: ModelRecord) -> Callable[..., AbstractContextManager[int]]:
+    """`with on_port(**settings) as port`: the API behind a real socket, where a stream comes as it is sent, while one model is served."""
 
     @contextmanager
-    def listening(**settings: Any) -> Iterator[int]:
-        api = uvicorn.Server(uvicorn.Config(app_over(server, **settings), port=0, log_level="warning", ws="none"))
-        thread = threading.Thread(target=api.run)
-        thread.start()
-        while not api.started and thread.is_alive():
-            time.sleep(0.01)
-        yield api.servers[0].sockets[0].getsockname()[1]
-        api.should_exit = True
-        thread.join()
+    def opened(**settings: Any) -> Iterator[int]:
+        with listen(**settings) as url:
+            yield int(url.rpartition(":")[2])
 
-    return listening
+    return opened
 
 
 @pytest.fixture
@@ -233,3 +229,126 @@ class Worker:
 @pytest.fixture
 def worker(redis: Redis) -> Worker:
     return Worker(redis)
+
+
+# --- over sockets ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listening(app: Any, port: int = 0) -> Iterator[str]:
+    """The application on a port of this host, served by a thread; its address."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield "http://{}:{}".format(*server.servers[0].sockets[0].getsockname())
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def listen(server: EmbeddedServer) -> Callable[..., AbstractContextManager[str]]:
+    """`with listen(app, port) as url`: an application; by default the API, with these settings."""
+
+    def listen(app: Any = None, port: int = 0, **settings: Any) -> AbstractContextManager[str]:
+        return listening(app_over(server, **settings) if app is None else app, port)
+
+    return listen
+
+
+@pytest.fixture(scope="session")
+def shared_url(listen: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
+    with listen() as url:
+        yield url
+
+
+@pytest.fixture
+def bare_url(shared_url: str, redis: Redis) -> str:
+    """The address of the API while no worker serves a model."""
+    return shared_url
+
+
+@pytest.fixture
+def url(bare_url: str, record: ModelRecord) -> str:
+    """The address of the API while one model is served."""
+    return bare_url
+
+
+class Wire:
+    """What lies between a client and a server: it can be cut, lose answers, and knows what the client said."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.said: list[bytes] = []
+        self.answers_to_lose = 0
+        self._target, self._listener = target, socket.create_server(("127.0.0.1", 0))
+        self.url = "http://{}:{}".format(*self._listener.getsockname())
+        self._ends: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._threads.append(threading.Thread(target=work, args=arguments))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self._ends.append(near)
+                far = socket.create_connection(self._target)
+                self._ends.append(far)
+                self._start(self._carry, near, far, True)
+                self._start(self._carry, far, near, False)
+
+    def _carry(self, source: socket.socket, sink: socket.socket, forth: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if forth:
+                    self.said.append(data)
+                elif self.answers_to_lose:
+                    self.answers_to_lose -= 1
+                    break
+                sink.sendall(data)
+        _hang_up(source, sink)
+
+    def cut(self) -> None:
+        _hang_up(*self._ends)
+
+    def close(self) -> None:
+        _hang_up(self._listener, *self._ends)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._listener, *self._ends):
+            end.close()
+
+
+def _hang_up(*sockets: socket.socket) -> None:
+    for each in sockets:
+        with suppress(OSError):  # the other side was first
+            each.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def wire(url: str) -> Iterator[Wire]:
+    """A wire to the API while one model is served."""
+    host, port = url.removeprefix("http://").split(":")
+    wire = Wire((host, int(port)))
+    yield wire
+    wire.close()
+
+
+@pytest.fixture
+def paint(worker: Worker) -> Callable[..., dict[str, Any]]:
+    """`paint(job_id, index, seed)`: a finished picture with its true sha256, kept and told as a worker does; its bytes tell the seed."""
+
+    def paint(job_id: str, index: int = 0, seed: int = 7) -> dict[str, Any]:
+        png = b"\x89PNG\r\n\x1a\n of seed %d" % seed
+        entry = {"index": index, "seed": seed, "sha256": hashlib.sha256(png).hexdigest(), "bytes": len(png)}
+        worker.results.store_image(job_id, "execution-1", index, png, 600)
+        worker.tell(job_id, "image", {**entry, "url": f"/jobs/{job_id}/images/{index}"})
+        return entry
+
+    return paint

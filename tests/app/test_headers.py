@@ -49,14 +49,14 @@ def test_every_answer_has_the_security_headers(client: TestClient, submit: Calla
 
 
 def test_an_unexpected_error_has_them_and_the_rate_too(
-    listen: Listen, key_file: Path, bearer: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    on_port: Listen, key_file: Path, bearer: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(self: JobStore) -> None:
         raise RuntimeError("a test")
 
     monkeypatch.setattr(JobStore, "models", broken)
     headers = bearer(per_minute=100)
-    with listen(api_keys_file=key_file) as port:
+    with on_port(api_keys_file=key_file) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/models", headers=headers)
         answer = connection.getresponse()
@@ -101,14 +101,14 @@ def test_a_page_has_no_script_and_no_style_inside(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "shown"), [("/", "#service[data-state=ready]"), ("/docs", ".opblock-summary-path >> nth=0")])
-def test_a_browser_has_nothing_to_complain_of(listen: Listen, redis: Redis, live: Callable[..., None], path: str, shown: str) -> None:
+def test_a_browser_has_nothing_to_complain_of(on_port: Listen, redis: Redis, live: Callable[..., None], path: str, shown: str) -> None:
     if not CHROMIUM.exists():
         pytest.fail("install Debian's package chromium")
     complaints: list[str] = []
     redis.persist(protocol.model_key("tiny"))  # a browser may take longer to start than a record lives
     live(ttl_s=600)
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with listen() as port, sync_playwright() as playwright:
+    with on_port() as port, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
         page = browser.new_page()
         page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
@@ -174,12 +174,12 @@ def test_a_star_lets_every_page_call(open_client: Open) -> None:
 
 
 def test_events_come_as_they_happen_through_all_of_it(
-    listen: Listen, key_file: Path, bearer: Callable[..., dict[str, str]], submit: Callable[..., str], worker: Any
+    on_port: Listen, key_file: Path, bearer: Callable[..., dict[str, str]], submit: Callable[..., str], worker: Any
 ) -> None:
     """The first arrives while the job still runs, with keys, limits, CORS and headers around it."""
     headers = {**bearer(scope="admin", per_minute=100), "Origin": ORIGIN}
     job_id = worker.take(submit())
-    with listen(api_keys_file=key_file, cors_origins=ORIGIN) as port:
+    with on_port(api_keys_file=key_file, cors_origins=ORIGIN) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", f"/jobs/{job_id}/events", headers=headers)
         answer = connection.getresponse()
@@ -193,8 +193,8 @@ def test_events_come_as_they_happen_through_all_of_it(
         connection.close()
 
 
-def test_a_body_without_an_end_is_refused_while_it_is_sent(listen: Listen) -> None:
-    with listen() as port:
+def test_a_body_without_an_end_is_refused_while_it_is_sent(on_port: Listen) -> None:
+    with on_port() as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.putrequest("POST", "/generate")
         connection.putheader("Content-Type", "application/json")

@@ -139,7 +139,7 @@ def test_each_key_has_a_rate_of_its_own(open_client: Open, key_file: Path, beare
 
 
 def test_calls_at_once_to_several_apis_never_exceed_the_limit(
-    listen: Callable[..., AbstractContextManager[int]], key_file: Path, bearer: Bearer
+    on_port: Callable[..., AbstractContextManager[int]], key_file: Path, bearer: Bearer
 ) -> None:
     headers, quota, began = bearer(per_minute=10), 10, time.monotonic()
 
@@ -151,7 +151,7 @@ def test_calls_at_once_to_several_apis_never_exceed_the_limit(
         finally:
             connection.close()
 
-    with listen(api_keys_file=key_file) as first, listen(api_keys_file=key_file) as second, ThreadPoolExecutor(16) as pool:
+    with on_port(api_keys_file=key_file) as first, on_port(api_keys_file=key_file) as second, ThreadPoolExecutor(16) as pool:
         statuses = list(pool.map(call, [first, second] * 40))
     assert set(statuses) == {200, 429}
     assert quota <= statuses.count(200) <= quota + (time.monotonic() - began) * quota / 60
