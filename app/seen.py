@@ -13,7 +13,7 @@ log = logging.getLogger("dit.access")
 
 HEADER = "X-Request-Id"
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # any other counts as OTHER: clients make up words
-_QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds; told only where the answer is an error
+_QUIET = {"/healthz", "/readyz", "/metrics"}  # asked every few seconds; told only where the answer is another than before
 
 
 class Seen:
@@ -21,6 +21,7 @@ class Seen:
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
+        self._last: dict[str, int] = {}  # of the quiet routes: the status that was told last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,8 +46,15 @@ class Seen:
             await self.app(scope, receive, tell)
         finally:
             self.metrics.streams.dec(streams)
-            _log(scope, status, time.monotonic() - began)
+            _log(scope, status, time.monotonic() - began, logging.INFO if self._is_news(scope, status) else logging.DEBUG)
             REQUEST_ID.reset(token)
+
+    def _is_news(self, scope: Scope, status: int) -> bool:
+        route = _route(scope)
+        if route not in _QUIET:
+            return True
+        before, self._last[route] = self._last.get(route, 200), status
+        return status != before
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
@@ -61,10 +69,9 @@ def _route(scope: Scope) -> str:
     return str(getattr(scope.get("route"), "path", "") or folder or "(none)")
 
 
-def _log(scope: Scope, status: int, seconds: float) -> None:
+def _log(scope: Scope, status: int, seconds: float, level: int) -> None:
     """The path as it was sent, whose odd bytes are escaped, without the query."""
     path = scope.get("raw_path", scope["path"].encode()).split(b"?")[0].decode("ascii", "backslashreplace")[:200]
     known = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
     about = {**known, "request_id": REQUEST_ID.get(), "job_id": scope.get("path_params", {}).get("job_id", "")}
-    level = logging.DEBUG if _route(scope) in _QUIET and status < 400 else logging.INFO
     log.log(level, "%s %s %d in %.1f ms, request %s", scope["method"], path, status, 1000 * seconds, REQUEST_ID.get(), extra=about)
