@@ -232,8 +232,10 @@ class Engine:
             steps = [(p.job.id, p.index, p.evaluation) for p in dealt]
             trace |= {"checkpoint": lane.checkpoint, "rows": rows, "bucket": lane.runner.bucket(rows) if rows else 0}
             trace |= {"pictures": len(dealt), "jobs": jobs, "steps": steps}
+        before = [picture.evaluation for picture in dealt]
         events = self._fail(self._step(lane, dealt), counts.STEP)
-        self._look_at(lane, dealt)
+        # Of a step that failed nothing came: what lies in the slot may be an earlier picture's, of another job.
+        self._look_at(lane, [picture for picture, at in zip(dealt, before, strict=True) if picture.evaluation > at])
         events += self._fail(self._retry(lane, lane.runner.lost()), counts.NOT_FINITE)
         finished = lane.scheduler.done()[: lane.runner.decode_buckets[-1]]
         if finished:

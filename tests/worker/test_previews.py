@@ -108,6 +108,24 @@ def test_a_preview_that_fails_costs_nothing_but_itself(
     assert_empty(engine)
 
 
+def test_a_picture_whose_step_failed_is_not_shown_what_its_slot_held_before(
+    make_runner: Callable[..., Runner], make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would be another job's picture."""
+    runner, advance = make_runner(max_rows=16), Runner.step
+    shown(runner, another=make_request(steps=10, class_labels=(0, 1, 2, 3)))
+    fails = [True]
+
+    def step(self: Runner, group: Any) -> None:
+        if fails and fails.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        advance(self, group)
+
+    monkeypatch.setattr(Runner, "step", step)
+    _, events = shown(runner, a=make_request(steps=10))
+    assert [round(10 * p.share) for p in previews(events)] == [2, 4, 6, 8] and ends(events) == {"a": "done"}
+
+
 def test_a_picture_that_is_not_finite_is_not_shown(runner: Runner, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     original = runner.preview
     monkeypatch.setattr(runner, "preview", lambda group: (runner.clean.fill_(float("nan")), original(group))[1])
