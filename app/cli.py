@@ -1,7 +1,8 @@
 """`dit …`: every command. Heavy imports happen inside the command that needs them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -253,7 +254,6 @@ def list_models_command(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte, to find what is damaged.")] = False,
 ) -> None:
     """Every version, the newest first: whether a worker serves it, and how many jobs wait for it or run on it."""
-    import json
 
     from app.usage import UsageUnknown, find_usage
     from model.registry import models, versions
@@ -281,12 +281,8 @@ def list_models_command(
         for model, entry in models(settings.checkpoints).items()
         for version in versions(entry, thorough=verify)
     ]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    elif rows:
-        _print_table([{name: value for name, value in row.items() if name != "hash"} | {"error": row["error"] or ""} for row in rows])
-    else:
-        typer.echo(f"no model in {settings.checkpoints.resolve()}")
+    table = [{name: value for name, value in row.items() if name != "hash"} | {"error": row["error"] or ""} for row in rows]
+    _tell(rows, as_json, none=f"no model in {settings.checkpoints.resolve()}", table=table)
 
 
 @models.command("publish")
@@ -391,24 +387,13 @@ def _usage(force: bool) -> "Usage | None":
 @jobs.command("dead")
 def dead_command(as_json: JsonOption = False) -> None:
     """Jobs that were given up since their workers died, the newest first."""
-    import json
     from dataclasses import asdict
-
-    from redis.exceptions import RedisError
 
     from app.dead import dead_jobs
 
-    try:
-        with _redis() as redis:
-            rows = [{**asdict(job), "ended_at": _iso(job.ended_at)} for job in dead_jobs(redis)]
-    except (RedisError, OSError) as error:
-        fail(f"Redis does not answer: {error}")
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    elif rows:
-        _print_table(rows)
-    else:
-        typer.echo("no job was given up")
+    with _redis() as redis:
+        rows = [{**asdict(job), "ended_at": _iso(job.ended_at)} for job in dead_jobs(redis)]
+    _tell(rows, as_json, none="no job was given up")
 
 
 @jobs.command("requeue")
@@ -417,24 +402,19 @@ def requeue_command(
     all_of_them: Annotated[bool, typer.Option("--all", help="Every job that `dit jobs dead` lists.")] = False,
 ) -> None:
     """Start given up jobs afresh, with all their attempts."""
-    from redis.exceptions import RedisError
-
     from app.dead import dead_jobs, requeue
 
     if bool(ids) == all_of_them:
         fail("name the jobs that shall start afresh, or say --all")
     refused = False
-    try:
-        with _redis() as redis:
-            for job_id in ids or [job.id for job in dead_jobs(redis)]:
-                try:
-                    requeue(redis, job_id)
-                    typer.echo(f"job {job_id} waits again")
-                except ValueError as error:
-                    typer.echo(f"dit: {error}", err=True)
-                    refused = True
-    except (RedisError, OSError) as error:
-        fail(f"Redis does not answer: {error}")
+    with _redis() as redis:
+        for job_id in ids or [job.id for job in dead_jobs(redis)]:
+            try:
+                requeue(redis, job_id)
+                typer.echo(f"job {job_id} waits again")
+            except ValueError as error:
+                typer.echo(f"dit: {error}", err=True)
+                refused = True
     if refused:
         raise typer.Exit(1)
 
@@ -442,10 +422,7 @@ def requeue_command(
 @queues.callback(invoke_without_command=True)
 def queues_command(context: typer.Context, as_json: JsonOption = False) -> None:
     """What waits and runs of each model, and whether it is held up; without a command, lists it."""
-    import json
     from dataclasses import asdict
-
-    from redis.exceptions import RedisError
 
     from app.queues import look
 
@@ -453,17 +430,9 @@ def queues_command(context: typer.Context, as_json: JsonOption = False) -> None:
         if as_json:
             fail(f"--json does not go before {context.invoked_subcommand}")
         return
-    try:
-        with _redis() as redis:
-            rows = [{**asdict(queue), "oldest_s": round(queue.oldest_s, 1)} for queue in look(redis)]
-    except (RedisError, OSError) as error:
-        fail(f"Redis does not answer: {error}")
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    elif rows:
-        _print_table(rows)
-    else:
-        typer.echo("no model was ever served")
+    with _redis() as redis:
+        rows = [{**asdict(queue), "oldest_s": round(queue.oldest_s, 1)} for queue in look(redis)]
+    _tell(rows, as_json, none="no model was ever served")
 
 
 @queues.command("pause")
@@ -485,8 +454,6 @@ def resume_command(model: ServedArgument) -> None:
 
 
 def _set_queue(model: str, state: str) -> None:
-    from redis.exceptions import RedisError
-
     from app.queues import set_state
 
     try:
@@ -494,12 +461,14 @@ def _set_queue(model: str, state: str) -> None:
             set_state(redis, model, state)
     except ValueError as error:
         fail(str(error))
-    except (RedisError, OSError) as error:
-        fail(f"Redis does not answer: {error}")
     typer.echo(f"the queue of {model} is {state}")
 
 
-def _redis() -> "Redis":
+@contextmanager
+def _redis() -> "Iterator[Redis]":
+    """The Redis that there is to ask; one that does not answer ends the command with one line."""
+    from redis.exceptions import RedisError
+
     from app.usage import open_redis
 
     settings = _settings()
@@ -509,13 +478,29 @@ def _redis() -> "Redis":
         fail(f"DIT_REDIS_URL: {error}", CONFIGURATION_ERROR)
     if client is None:
         fail(f"there is no Redis to ask: DIT_REDIS_URL is not set, and no `dit up` runs over {settings.data.resolve()}")
-    return client
+    try:
+        with client:
+            yield client
+    except (RedisError, OSError) as error:
+        fail(f"Redis does not answer: {error}")
 
 
 def _iso(seconds: float) -> str:
     from datetime import UTC, datetime
 
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _tell(rows: list[dict[str, Any]], as_json: bool, *, none: str, table: list[dict[str, Any]] | None = None) -> None:
+    """A list of objects, or a table (of `table`, where that differs), or `none` for no rows."""
+    import json
+
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif rows:
+        _print_table(rows if table is None else table)
+    else:
+        typer.echo(none)
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -554,7 +539,6 @@ def create_key_command(
 @key.command("list")
 def list_keys_command(as_json: JsonOption = False) -> None:
     """Every key, in the order in which they were made; what is kept of a secret is not told."""
-    import json
     from dataclasses import asdict
 
     from app.auth import read_keys
@@ -563,12 +547,8 @@ def list_keys_command(as_json: JsonOption = False) -> None:
         rows = [{name: value for name, value in asdict(entry).items() if name != "sha256"} for entry in read_keys(_key_file())]
     except ValueError as error:
         fail(str(error))
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    elif rows:
-        _print_table([{name: "" if value is None else value for name, value in row.items()} for row in rows])
-    else:
-        typer.echo("no key was made")
+    table = [{name: "" if value is None else value for name, value in row.items()} for row in rows]
+    _tell(rows, as_json, none="no key was made", table=table)
 
 
 @key.command("revoke")

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
@@ -78,6 +78,16 @@ class Key:
     fingerprint: str
 
 
+class Terms(TypedDict, total=False):
+    """On which a job is submitted."""
+
+    image_bytes: int  # the most that its pictures can take
+    previews: bool
+    owner: str
+    in_flight: int | None  # jobs that the owner may have
+    key: Key | None
+
+
 class JobStore:
     """All that the API knows of jobs and models. The synchronous client is for rq, which has no other."""
 
@@ -94,25 +104,13 @@ class JobStore:
         values = await self.redis.mget([protocol.model_key(name) for name in names]) if names else []
         return [record for value in values if value and (record := _model_record(value))]
 
-    async def submit(
-        self,
-        request: GenerationRequest,
-        checkpoint: str,
-        *,
-        image_bytes: int = 0,
-        previews: bool = False,
-        owner: str = "",
-        in_flight: int | None = None,
-        key: Key | None = None,
-    ) -> str:
+    async def submit(self, request: GenerationRequest, checkpoint: str, **terms: Unpack[Terms]) -> str:
         """Queue a job and return its id, or that of the job which an equal `key` has made before.
 
-        `image_bytes`: the most that its pictures can take. `in_flight`: jobs that the owner may have. 429 when the queue, the owner's share
-        or the room for pictures is full, 422 for a key that came with another body, 503 when Redis can take nothing.
+        429 when the queue, the owner's share or the room for pictures is full, 422 for a key that came with another body, 503 when Redis
+        can take nothing.
         """
-        job = self.submission(
-            new_id(), request, checkpoint, image_bytes=image_bytes, previews=previews, owner=owner, in_flight=in_flight, key=key
-        )
+        job = self.submission(new_id(), request, checkpoint, **terms)
         job_id = await asyncio.to_thread(self.admission.submit, job)
         log.info("job %s %s", job_id, "waits" if job_id == job.job_id else "was submitted before", extra={"job_id": job_id})
         return job_id

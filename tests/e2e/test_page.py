@@ -1,6 +1,5 @@
 """The page, driven in headless Chromium against a real server with a real worker. Its screenshots lie in test-output/."""
 
-import json
 import os
 import re
 import signal
@@ -12,7 +11,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+
+from app.keys import create_key
 
 CHROMIUM = Path("/usr/bin/chromium")
 REPOSITORY = Path(__file__).parents[2]
@@ -22,7 +23,6 @@ JOB_MS = 120_000
 DESK = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 LOOKS = {"light": DESK, "dark": {**DESK, "color_scheme": "dark"}, "phone": PHONE, "phone-dark": {**PHONE, "color_scheme": "dark"}}
-POLICY = "default-src 'self'; img-src 'self' blob: data:"  # what the page must live with
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,13 @@ def console_errors() -> list[str]:
 
 @pytest.fixture
 def open_page(browser: Browser, console_errors: list[str]) -> Iterator[Callable[..., Page]]:
-    """`open_page(url, **look)`: a browser that has never seen the page, and whose policy is strict."""
+    """`open_page(url, **look)`: a browser that has never seen the page."""
     contexts: list[BrowserContext] = []
 
     def open_(url: str, *, ready: bool = True, **look: Any) -> Page:
         context = browser.new_context(**(look or DESK))
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
-        context.route(f"{url}/", with_policy)
         page = context.new_page()
         page.on("console", lambda message: console_errors.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: console_errors.append(str(error)))
@@ -62,11 +61,6 @@ def open_page(browser: Browser, console_errors: list[str]) -> Iterator[Callable[
     yield open_
     for context in contexts:
         context.close()
-
-
-def with_policy(route: Route) -> None:
-    response = route.fetch()
-    route.fulfill(response=response, headers={**response.headers, "content-security-policy": POLICY})
 
 
 @pytest.fixture
@@ -438,15 +432,11 @@ def test_a_job_survives_its_worker(own_service: Callable[..., Any], open_page: C
     expect_status(page, "succeeded")
 
 
-def test_a_key_is_asked_for_when_one_is_needed(page: Page, base_url: str) -> None:
-    def guard(route: Route) -> None:
-        if route.request.headers.get("authorization") == "Bearer open-sesame":
-            route.continue_()
-        else:
-            route.fulfill(status=401, content_type="application/problem+json", body=json.dumps({"title": "A key is needed", "status": 401}))
-
-    page.route(re.compile(r"/(models|jobs|generate)\b"), guard)
-    page.reload()
+def test_a_key_is_asked_for_when_one_is_needed(own_service: Callable[..., Any], open_page: Callable[..., Page], tmp_path: Path) -> None:
+    """A service with a real key file; previews, events and pictures need the key too."""
+    _, secret = create_key(tmp_path / "keys.json", "alice", "generate")
+    service = own_service(DIT_API_KEYS_FILE=str(tmp_path / "keys.json")).ready()
+    page = open_page(service.url, ready=False)
     key = page.get_by_label("API key", exact=True)
     expect(key).to_be_focused()
     expect(page.locator("#service")).to_have_attribute("data-state", "key")
@@ -454,7 +444,7 @@ def test_a_key_is_asked_for_when_one_is_needed(page: Page, base_url: str) -> Non
     key.press("Enter")
     expect(page.locator("#key-error")).to_have_text("The server does not know this key.")
     screenshot(page, "key")
-    key.fill("open-sesame")
+    key.fill(secret)
     key.press("Enter")
     expect_ready(page)
     expect(key).to_be_hidden()
@@ -465,7 +455,7 @@ def test_a_key_is_asked_for_when_one_is_needed(page: Page, base_url: str) -> Non
     expect_pictures(page, 1)
     page.get_by_role("button", name="Copy as curl").click()
     command = page.evaluate("navigator.clipboard.readText()")
-    assert "$DIT_API_KEY" in command and "open-sesame" not in command
+    assert "$DIT_API_KEY" in command and secret not in command
     open_more(page)
     page.click("#key-forget")
     expect(key).to_be_visible()
