@@ -93,11 +93,17 @@ class Patience(Retry):
                 if failures == 0:
                     give_up_at = time.monotonic() + self.seconds
                 failures += 1
-                fail(*((error, failures) if with_failure_count else (error,)))
+                trouble = error
+                try:
+                    fail(*((error, failures) if with_failure_count else (error,)))
+                except (RedisError, OSError) as again:  # a subscription connects again in here, to a server that may still be away
+                    if not is_trouble(again):
+                        raise
+                    trouble = again
                 if getattr(self._thread, "hurried", False) or time.monotonic() >= min(give_up_at, self.until):
-                    raise
+                    raise trouble from None
                 if failures == 1:
-                    log.warning("Redis: %s; trying again for up to %g s", error, self.seconds)
+                    log.warning("Redis: %s; trying again for up to %g s", trouble, self.seconds)
                 time.sleep(_PAUSE_S)
 
 

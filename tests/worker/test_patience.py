@@ -75,6 +75,25 @@ def test_a_script_outlasts_a_restart_that_forgets_it(mortal: Any, client: Redis)
     assert mended_meanwhile(lambda: script(["n"]), mortal.start) == 2
 
 
+def test_a_subscription_outlasts_a_restart_that_it_was_caught_in(mortal: Any, client: Redis, admin: Redis) -> None:
+    """A worker that was just born when Redis went died of this: redis-py connects again where it only notes the failure."""
+    with client.pubsub() as subscription:
+        subscription.subscribe("before")
+        mortal.kill()
+        mended_meanwhile(lambda: subscription.subscribe("after"), mortal.start)
+        while admin.pubsub_numsub("before", "after") != [(b"before", 1), (b"after", 1)]:
+            time.sleep(0.02)
+
+
+def test_a_subscription_is_given_up_in_the_end(mortal: Any, client: Redis) -> None:
+    client.set_retry(Patience(0.5))
+    with client.pubsub() as subscription:
+        subscription.subscribe("before")
+        mortal.kill()
+        with pytest.raises(ConnectionError):
+            subscription.subscribe("after")
+
+
 @pytest.mark.parametrize("way", ["call", "transaction", "pipeline", "script"])
 def test_a_call_waits_for_memory(client: Redis, admin: Redis, way: str) -> None:
     def call() -> Any:
