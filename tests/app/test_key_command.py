@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from app import keys, local
 from app.auth import KeyFile, digest, read_keys
-from app.cli import CONFIGURATION_ERROR, app
+from app.cli import app
+from app.commands.common import CONFIGURATION_ERROR
 from app.embedded import EmbeddedServer
 from app.keys import create_key
 
