@@ -26,8 +26,9 @@ MAX_LIMIT = 1_000_000
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes this call. A name belongs to one key at a time, so it may own things: jobs, a rate."""
+    """Who makes this call. What it owns (jobs, a rate) goes by the key's id: the name may be another key's one day."""
 
+    id: str
     name: str
     scope: str
     per_minute: int | None  # calls; None: without a limit
@@ -40,13 +41,13 @@ class Caller:
     @property
     def sees(self) -> str | None:
         """The owner whose jobs it may see; None: everybody's."""
-        return None if self.is_admin else self.name
+        return None if self.is_admin else self.id
 
     def may(self, scope: str) -> bool:
         return self.is_admin or self.scope == scope
 
 
-OPEN = Caller(name="", scope=ADMIN, per_minute=None, in_flight=None)  # everybody, where there is no key file
+OPEN = Caller(id="", name="", scope=ADMIN, per_minute=None, in_flight=None)  # everybody, where there is no key file
 
 
 def _text(pattern: str) -> Callable[[Any], bool]:
@@ -89,7 +90,7 @@ class ApiKey:
 
     @property
     def caller(self) -> Caller:
-        return Caller(self.name, self.scope, self.per_minute, self.in_flight)
+        return Caller(self.id, self.name, self.scope, self.per_minute, self.in_flight)
 
 
 _REQUIRED = [field.name for field in fields(ApiKey) if field.default is MISSING]
@@ -164,6 +165,7 @@ class KeyFile:
         self.path = path
         self._seen = _state(path)  # before it is read: a change in between is read next time
         self._keys = read_keys(path)
+        self._by_id = {key.id: key for key in self._keys}
 
     def find(self, key: bytes) -> ApiKey | None:
         """The entry of this key, unless it is disabled. All are compared, in constant time: the time tells nothing."""
@@ -174,6 +176,12 @@ class KeyFile:
                 found = entry
         return None if found is None or found.disabled else found
 
+    def holds(self, entry: ApiKey) -> bool:
+        """Whether this still is a key, and of the same scope: for what outlives a call, such as a stream."""
+        self._refresh()
+        now = self._by_id.get(entry.id)
+        return now is not None and (now.sha256, now.scope, now.disabled) == (entry.sha256, entry.scope, False)
+
     def _refresh(self) -> None:
         seen = _state(self.path)  # a few µs a call, and so a revoked key is refused at once
         if seen == self._seen:
@@ -181,6 +189,7 @@ class KeyFile:
         self._seen = seen
         try:
             self._keys = read_keys(self.path)
+            self._by_id = {key.id: key for key in self._keys}
             log.info("%s was read again: %d keys", self.path, len(self._keys))
         except ValueError as error:
             log.error("the changed key file is refused, and the keys from before stay: %s", error)

@@ -1,6 +1,7 @@
 """Jobs that were given up because their workers died: a list of them, and the way back into the queue."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class DeadJob:
     """What there is to know before it is tried again."""
 
     id: str
+    owner: str  # the id of a key, as `dit key list` shows it; empty where there are none
     model: str
     class_labels: list[int | None]
     attempts: int
@@ -34,7 +36,7 @@ def dead_jobs(redis: Redis) -> list[DeadJob]:
     ended = {job_id.decode(): score for job_id, score in connection.zrange(DEAD_KEY, 0, -1, desc=True, withscores=True)}
     with connection.pipeline(transaction=False) as pipeline:
         for job_id in ended:
-            pipeline.hmget(protocol.job_key(job_id), "model", "request", "attempts", "error")
+            pipeline.hmget(protocol.job_key(job_id), "model", "request", "attempts", "error", "owner")
         records = dict(zip(ended, pipeline.execute(), strict=True))
     expired = [job_id for job_id, record in records.items() if record[1] is None]
     if expired:
@@ -42,18 +44,22 @@ def dead_jobs(redis: Redis) -> list[DeadJob]:
     return [_dead_job(job_id, ended[job_id], *record) for job_id, record in records.items() if job_id not in expired]
 
 
-def _dead_job(job_id: str, ended_at: float, model: bytes, request: bytes, attempts: bytes | None, error: bytes | None) -> DeadJob:
+def _dead_job(job_id: str, ended_at: float, *record: bytes | None) -> DeadJob:
+    """Of a damaged record what can be read: all the others shall be listed too."""
+    model, request, attempts, error, owner = ((value or b"").decode(errors="replace") for value in record)
     try:
-        labels = list(GenerationRequest.parse(request.decode()).class_labels)
-    except ValueError:  # damaged; all the others shall be listed too
+        labels = list(GenerationRequest.parse(request).class_labels)
+    except ValueError:
         labels = []
-    return DeadJob(job_id, model.decode(), labels, int(attempts or 0), ended_at, (error or b"").decode())
+    return DeadJob(job_id, owner, model, labels, int(attempts) if re.fullmatch("[0-9]{1,9}", attempts) else 0, ended_at, error)
 
 
 def requeue(redis: Redis, job_id: str) -> None:
-    """Start a dead job afresh, with all its attempts. ValueError if it has expired, or is not dead (any more).
+    """Start a dead job afresh, with all its attempts. ValueError if it has expired, is not dead (any more), or its record is damaged.
 
-    The record, its events and the rq job change in one transaction, which ends without effect if another was quicker.
+    It was accepted once: neither the bound of its queue, nor that of its owner's jobs in flight, nor a closed gate stands in its way, and
+    from now on it counts towards both bounds. The bytes of its pictures are in the books until it expires. Record, events, the owner's
+    jobs in flight and the rq job change in one transaction, which ends without effect if another was quicker.
     """
     keys = (protocol.job_key(job_id), protocol.events_key(job_id), DEAD_KEY)
     redis.transaction(lambda pipeline: _requeue(pipeline, redis, job_id), *keys)
@@ -61,7 +67,7 @@ def requeue(redis: Redis, job_id: str) -> None:
 
 def _requeue(pipeline: Any, redis: Redis, job_id: str) -> None:
     """Reads under the watch of a transaction, then says what belongs to it."""
-    request, ttl_s = _dead_request(pipeline, job_id)
+    request, ttl_s, owner = _dead_request(pipeline, job_id)
     key, events = protocol.job_key(job_id), protocol.events_key(job_id)
     last = pipeline.xrevrange(events, count=1)
     queue = Queue(protocol.queue_name(request.model), connection=redis, serializer=JSONSerializer)
@@ -77,14 +83,18 @@ def _requeue(pipeline: Any, redis: Redis, job_id: str) -> None:
     pipeline.xadd(events, {"event": "queued", "data": json.dumps({"retry": True})})
     pipeline.persist(events)
     pipeline.zrem(DEAD_KEY, job_id)
+    if owner:  # whose next submission may have found that this one had ended
+        pipeline.sadd(protocol.active_key(owner), job_id)
 
 
-def _dead_request(pipeline: Any, job_id: str) -> tuple[GenerationRequest, int]:
-    """What a dead job was asked for, and how many seconds its result lives. ValueError if it is not dead."""
+def _dead_request(pipeline: Any, job_id: str) -> tuple[GenerationRequest, int, str]:
+    """What a dead job was asked for, how many seconds its result lives, and whose it is. ValueError if it is not dead."""
     is_dead = pipeline.zscore(DEAD_KEY, job_id) is not None  # asked first, so that the status told is the one it has since
-    status, text, ttl_s = pipeline.hmget(protocol.job_key(job_id), "status", "request", "result_ttl_s")
+    status, text, ttl_s, owner = pipeline.hmget(protocol.job_key(job_id), "status", "request", "result_ttl_s", "owner")
     if status is None:
         raise ValueError(f"there is no job {job_id[:60]!a}, or its record has expired; submit it again")
     if not is_dead:
         raise ValueError(f"job {job_id} is {status.decode()}, and not among the dead")
-    return GenerationRequest.parse(text.decode()), int(ttl_s)
+    if text is None or ttl_s is None:
+        raise ValueError(f"the record of job {job_id} lacks its request or its TTL")
+    return GenerationRequest.parse(text.decode()), int(ttl_s), (owner or b"").decode()

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -266,12 +266,13 @@ class JobStore:
                 if fields[b"event"] == b"done":
                     return
 
-    async def wait(self, job_id: str, seconds: float) -> bool:
-        """True once the job has ended, False if it has not within `seconds`."""
+    async def wait(self, job_id: str, seconds: float, while_: Callable[[], bool]) -> bool:
+        """True once the job has ended, False if it has not within `seconds`, or when `while_`, asked now and then, says no."""
         try:
             async with asyncio.timeout(seconds):
                 async for _ in self.events(job_id):
-                    pass
+                    if not while_():
+                        return False
         except TimeoutError:
             return False
         return await self._ended(job_id)

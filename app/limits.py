@@ -54,7 +54,7 @@ class RateLimiter:
     def __init__(self, connection: AsyncRedis) -> None:
         self._take: Any = connection.register_script(TAKE)
 
-    async def take(self, name: str, per_minute: int) -> Rate:
-        """Count one call of this caller, unless it is one too many. Raises RedisError."""
-        allowed, remaining, next_s = await self._take([protocol.rate_key(name)], [per_minute])
+    async def take(self, key_id: str, per_minute: int) -> Rate:
+        """Count one call with this key, unless it is one too many. Raises RedisError."""
+        allowed, remaining, next_s = await self._take([protocol.rate_key(key_id)], [per_minute])
         return Rate(bool(allowed), per_minute, remaining, next_s)

@@ -11,7 +11,7 @@ from typing import Literal
 LogFormat = Literal["text", "json"]
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the HTTP request that is being answered
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FIELDS = ("job_id", "method", "path", "status", "seconds")  # that a record may carry besides, by `extra`
+_FIELDS = ("job_id", "key_id", "method", "path", "status", "seconds")  # that a record may carry besides, by `extra`
 
 
 def accepted_id(given: str) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from fastapi import FastAPI
 from redis.exceptions import RedisError
@@ -11,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
-from app.auth import OPEN, Caller, KeyFile
+from app.auth import OPEN, ApiKey, KeyFile
 from app.problems import Problem
 
 MAX_BODY_BYTES = 64 * 1024
@@ -72,7 +73,10 @@ class SecurityHeaders:
 
 
 class KeyGuard:
-    """Who calls: `scope["state"]["caller"]`. With a key file, 401 without a key and 429 for one over its rate, save on public paths."""
+    """Who calls: `scope["state"]["caller"]`; and `["key_holds"]`, for what goes on for long: whether the key is one still.
+
+    With a key file, 401 without a key and 429 for one over its rate, save on public paths.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyFile | None) -> None:
         self.app, self.keys = app, keys
@@ -88,12 +92,17 @@ class KeyGuard:
 
     async def _admit(self, scope: Scope) -> Mapping[str, str]:
         """Headers for the answer; Problem for a call that ends here."""
-        caller = OPEN if self.keys is None else _caller(self.keys, scope)
-        scope.setdefault("state", {})["caller"] = caller
+        state = scope.setdefault("state", {})
+        if self.keys is None:
+            state |= {"caller": OPEN, "key_holds": lambda: True}
+            return {}
+        entry = _key_of(self.keys, scope)
+        caller = entry.caller
+        state |= {"caller": caller, "key_holds": partial(self.keys.holds, entry)}
         if caller.per_minute is None:
             return {}
         try:
-            rate = await scope["app"].state.limiter.take(caller.name, caller.per_minute)
+            rate = await scope["app"].state.limiter.take(caller.id, caller.per_minute)
         except RedisError as error:
             raise problems.redis_away(error) from error
         if not rate.allowed:
@@ -106,17 +115,16 @@ def is_public(path: str) -> bool:
     return path in _PUBLIC or path.startswith("/static/")
 
 
-def _caller(keys: KeyFile, scope: Scope) -> Caller:
+def _key_of(keys: KeyFile, scope: Scope) -> ApiKey:
     """401 says the same of a key that never was and of one that was revoked."""
-    challenge = {"WWW-Authenticate": "Bearer"}
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     if scheme.lower() != b"bearer" or not key.strip():
-        raise Problem(401, "this call needs a key: Authorization: Bearer dit_…", headers=challenge)
+        raise problems.key_needed("this call needs a key: Authorization: Bearer dit_…")
     entry = keys.find(key.strip())
     if entry is None:
-        raise Problem(401, "this key is not known here, or it was revoked", headers=challenge)
-    return entry.caller
+        raise problems.key_needed("this key is not known here, or it was revoked")
+    return entry
 
 
 class BodyLimit:

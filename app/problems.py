@@ -100,6 +100,10 @@ def response(problem: Problem, instance: str) -> Response:
     return Response(json.dumps(document), problem.status, {**problem.headers, **retry}, MEDIA_TYPE)
 
 
+def key_needed(detail: str) -> Problem:
+    return Problem(401, detail, headers={"WWW-Authenticate": "Bearer"})
+
+
 def redis_away(error: RedisError) -> Problem:
     log.warning("Redis: %s", error)
     return Problem(503, "the queue (Redis) does not answer; try again shortly", kind="redis-away", retry_after_s=5)

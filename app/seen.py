@@ -6,6 +6,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.auth import OPEN
 from app.logs import REQUEST_ID, accepted_id
 from app.metrics import Metrics
 
@@ -73,5 +74,7 @@ def _log(scope: Scope, status: int, seconds: float, level: int) -> None:
     """The path as it was sent, whose odd bytes are escaped, without the query."""
     path = scope.get("raw_path", scope["path"].encode()).split(b"?")[0].decode("ascii", "backslashreplace")[:200]
     known = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
-    about = {**known, "request_id": REQUEST_ID.get(), "job_id": scope.get("path_params", {}).get("job_id", "")}
-    log.log(level, "%s %s %d in %.1f ms, request %s", scope["method"], path, status, 1000 * seconds, REQUEST_ID.get(), extra=about)
+    caller = scope.get("state", {}).get("caller", OPEN)  # of a call that was refused before, nobody's
+    about = {**known, "request_id": REQUEST_ID.get(), "key_id": caller.id, "job_id": scope.get("path_params", {}).get("job_id", "")}
+    said = f", key {caller.id}" if caller.id else ""
+    log.log(level, "%s %s %d in %.1f ms, request %s%s", scope["method"], path, status, 1000 * seconds, REQUEST_ID.get(), said, extra=about)

@@ -26,7 +26,7 @@
 | `dit:stats:<model>`              | API, worker | hash of counts since ever, see worker/counts.py        | STATS_TTL_S, renewed |
 | `dit:sent:<worker>`              | worker      | number of the last counts it sent, which a second      | SENT_TTL_S, renewed  |
 |                                  |             | sending does not count again                           |                      |
-| `dit:rate:<name>`                | API         | µs of Unix time at which this key's calls for a minute | until then           |
+| `dit:rate:<key>`                 | API         | µs of Unix time at which this key's calls for a minute | until then           |
 |                                  |             | may come at once again                                 |                      |
 
 TTL is the job's own `result_ttl_s`. State changes that two processes could race for are Lua scripts, so that each is one step: CANCEL is
@@ -68,7 +68,7 @@ JOB_FIELDS = {
     "request": "JSON of GenerationRequest, every default resolved",
     "checkpoint": "hash of the checkpoint it was resolved against",
     "result_ttl_s": "seconds that record, events and images live after the end",
-    "owner": "name of the API key that submitted it; empty where there are none",
+    "owner": "id of the API key that submitted it; empty where there are none",
     "request_id": "X-Request-Id of the HTTP request that submitted it",
     "previews": "1 if it shall be shown while it is made",
     "work": "row evaluations that it takes, about",
@@ -111,8 +111,8 @@ def model_key(model: str) -> str:
     return f"dit:model:{model}"
 
 
-def rate_key(name: str) -> str:
-    return f"dit:rate:{name}"
+def rate_key(key_id: str) -> str:
+    return f"dit:rate:{key_id}"
 
 
 def bell_key(model: str) -> str:
@@ -130,6 +130,10 @@ def sent_key(worker: str) -> str:
 def owned_jobs_key(owner: str) -> str:
     """Of the owner's jobs; of everybody's for nobody in particular."""
     return f"{JOBS_KEY}:{owner}" if owner else JOBS_KEY
+
+
+def active_key(owner: str) -> str:
+    return f"dit:active:{owner}"
 
 
 def idempotency_key(owner: str, digest: str) -> str:

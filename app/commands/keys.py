@@ -13,7 +13,7 @@ app = typer.Typer(help="Keys of the API, in the file that DIT_API_KEYS_FILE name
 
 @app.command("create")
 def create_key_command(
-    name: Annotated[str, typer.Option(help="Whose it is; jobs and limits belong to the name.")],
+    name: Annotated[str, typer.Option(help="Whose it is, for people; jobs and limits belong to the key.")],
     scope: Annotated[Literal["generate", "train", "admin"], typer.Option(help="What it may; an admin may everything.")],
     per_minute: Annotated[int | None, typer.Option(min=1, help="Calls a minute; by default without a limit.")] = None,
     in_flight: Annotated[int | None, typer.Option(min=1, help="Jobs that have not ended; by default without a limit.")] = None,

@@ -42,6 +42,14 @@ def needs(scope: str) -> Callable[..., Awaitable[Caller]]:
 GenerateCaller = Annotated[Caller, Depends(needs(GENERATE))]
 
 
+def key_holds(request: Request) -> Callable[[], bool]:
+    holds: Callable[[], bool] = request.state.key_holds
+    return holds
+
+
+KeyHolds = Annotated[Callable[[], bool], Depends(key_holds)]  # asked again and again by what goes on for long
+
+
 def metrics(request: Request) -> Metrics:
     found: Metrics = request.app.state.metrics
     return found

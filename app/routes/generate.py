@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse
 
 from app.admission import picture_bytes
 from app.jobs import Key
-from app.problems import Problem
+from app.problems import Problem, key_needed
 from app.resolve import choose_model, resolve
-from app.routes.dependencies import GenerateCaller, Store, keyed_problems
+from app.routes.dependencies import GenerateCaller, KeyHolds, Store, keyed_problems
 from app.schemas import GenerateRequest, JobView
 from worker import protocol
 
@@ -43,6 +43,7 @@ async def generate(
     body: GenerateRequest,
     store: Store,
     caller: GenerateCaller,
+    key_holds: KeyHolds,
     previews: Annotated[
         bool, Query(description="Tell what the pictures look like on their way, as events `preview`: four times each.")
     ] = False,
@@ -54,7 +55,7 @@ async def generate(
 ) -> Response:
     """Queue a job. With `Prefer: wait=N` and `Accept: image/png`, a job of one image answers with the picture itself."""
     key = Key(idempotency_key, fingerprint(body, previews)) if idempotency_key is not None else None
-    job_id = await store.made_before(key, caller.name) if key else None
+    job_id = await store.made_before(key, caller.id) if key else None
     if job_id is None:
         record = choose_model(body.model, await store.models())
         request = resolve(body, record)
@@ -65,14 +66,16 @@ async def generate(
             record.checkpoint,
             image_bytes=room,
             previews=previews,
-            owner=caller.name,
+            owner=caller.id,
             in_flight=caller.in_flight,
             key=key,
         )
     headers = {"Location": f"/jobs/{job_id}"}
     wait_s = preferred_wait(prefer)
-    ended = bool(wait_s) and await store.wait(job_id, wait_s)
+    ended = bool(wait_s) and await store.wait(job_id, wait_s, key_holds)
     if wait_s:
+        if not key_holds():
+            raise key_needed("this key was revoked while its job was waited for")
         headers["Preference-Applied"] = f"wait={wait_s}"
     job = await store.get(job_id)
     if ended and "image/png" in (accept or "").lower() and _pictures(job) == 1:

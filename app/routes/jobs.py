@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Response
@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from app.jobs import JobStore, id_time
 from app.problems import Problem, field_error, invalid
-from app.routes.dependencies import GenerateCaller, Store, keyed_problems
+from app.routes.dependencies import GenerateCaller, KeyHolds, Store, keyed_problems
 from app.schemas import MAX_IMAGES, JobList, JobView
 from app.sheet import contact_sheet
 from worker import protocol
@@ -104,13 +104,16 @@ def _has(if_none_match: str | None, tag: str) -> bool:
     responses={200: {"content": {"text/event-stream": {}}}, **keyed_problems(404, 410, 422, 503)},
 )
 async def get_events(
-    job_id: JobId, store: Store, caller: GenerateCaller, last_event_id: Annotated[str | None, Header()] = None
+    job_id: JobId, store: Store, caller: GenerateCaller, key_holds: KeyHolds, last_event_id: Annotated[str | None, Header()] = None
 ) -> StreamingResponse:
-    """Server-sent events from the beginning, or after `Last-Event-ID`; closes after `done`."""
+    """Server-sent events from the beginning, or after `Last-Event-ID`; closes after `done`.
+
+    Without `done` it closes when the key was revoked, within seconds, or when Redis went away: who asks again is told which.
+    """
     after = _stream_id(last_event_id)
     await store.get(job_id, caller.sees)  # 404 and 410 before the stream begins
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_lines(store, job_id, after), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(_lines(store, job_id, after, key_holds), headers=headers, media_type="text/event-stream")
 
 
 def _stream_id(given: str | None) -> str:
@@ -120,10 +123,12 @@ def _stream_id(given: str | None) -> str:
     return given or "0"
 
 
-async def _lines(store: JobStore, job_id: str, after: str) -> AsyncIterator[str]:
-    """Ends early when Redis goes away: the client comes back with the id it has."""
+async def _lines(store: JobStore, job_id: str, after: str, key_holds: Callable[[], bool]) -> AsyncIterator[str]:
+    """Ends early when Redis goes away, or the key: the client comes back with the id it has."""
     try:
         async for event in store.events(job_id, after):
+            if not key_holds():
+                return
             if event is None:
                 yield ": still here\n\n"
             else:

@@ -61,7 +61,7 @@ def test_what_is_written_is_read() -> None:
 
 def test_an_entry_is_a_caller() -> None:
     (key,) = parse_keys(file_of({**ENTRY, "per_minute": 60, "in_flight": 4}))
-    assert key.caller == Caller("alice", "generate", 60, 4) and not key.caller.is_admin
+    assert key.caller == Caller("3f9c2a10", "alice", "generate", 60, 4) and not key.caller.is_admin
     assert parse_keys(file_of({**ENTRY, "scope": "admin"}))[0].caller.is_admin
 
 
@@ -347,13 +347,14 @@ def who_asks(open_client: Open, headers: dict[str, str], **settings: Any) -> dic
 
 def test_a_route_is_given_the_caller(open_client: Open, key_file: Path, bearer: Bearer) -> None:
     headers = bearer("bob", scope="admin", per_minute=60, in_flight=4)
-    assert who_asks(open_client, headers, api_keys_file=key_file) == asdict(Caller("bob", "admin", 60, 4))
+    (entry,) = read_keys(key_file)
+    assert who_asks(open_client, headers, api_keys_file=key_file) == asdict(Caller(entry.id, "bob", "admin", 60, 4))
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer nothing"}, {"Authorization": "Basic bm90aGluZw=="}], ids=str)
 def test_without_a_key_file_everybody_is_the_open_caller(open_client: Open, headers: dict[str, str]) -> None:
     assert who_asks(open_client, headers) == asdict(OPEN)
-    assert Caller("", "admin", None, None) == OPEN and OPEN.is_admin
+    assert Caller("", "", "admin", None, None) == OPEN and OPEN.is_admin
 
 
 def test_while_redis_is_gone_keys_are_still_asked_for(

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rq.serializers import JSONSerializer
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from app.auth import read_keys
 from app.cli import app
 from app.dead import dead_jobs, requeue
 from app.embedded import EmbeddedServer
@@ -26,11 +28,10 @@ QUEUE = protocol.queue_name("tiny")
 
 
 @pytest.fixture
-def die(client: TestClient, submit: Callable[..., str], worker: Any, redis: Redis) -> Callable[..., str]:
-    """`die(**request)`: a job whose workers died too often, as the last of them and rq leave it."""
+def bury(worker: Any, redis: Redis) -> Callable[[str], str]:
+    """`bury(job_id)`: its workers died too often; as the last of them and rq leave it."""
 
-    def make(**request: Any) -> str:
-        job_id = submit(**request)
+    def make(job_id: str) -> str:
         redis.lrem(f"rq:queue:{QUEUE}", 0, job_id)
         for attempt in range(protocol.MAX_ATTEMPTS):
             assert worker.results.start(job_id, f"execution-{attempt + 1}") in ("run", "alone")
@@ -42,6 +43,12 @@ def die(client: TestClient, submit: Callable[..., str], worker: Any, redis: Redi
         return job_id
 
     return make
+
+
+@pytest.fixture
+def die(submit: Callable[..., str], bury: Callable[[str], str]) -> Callable[..., str]:
+    """`die(**request)`: such a job."""
+    return lambda **request: bury(submit(**request))
 
 
 def waiting(redis: Redis) -> list[str]:
@@ -191,6 +198,75 @@ def test_an_expired_or_unknown_job_is_refused(redis: Redis, die: Callable[..., s
     assert waiting(redis) == []
 
 
+@pytest.mark.parametrize("field", ["request", "result_ttl_s"])
+def test_a_damaged_record_is_listed_and_not_requeued(redis: Redis, die: Callable[..., str], field: str) -> None:
+    job_id, sound = die(), die(class_label=3)
+    redis.hdel(protocol.job_key(job_id), field)
+    redis.hset(protocol.job_key(job_id), "attempts", "\udcff".encode(errors="surrogateescape"))
+    if field == "request":
+        redis.hset(protocol.job_key(job_id), "request", b"\xff{")
+    listed = {job.id: job for job in dead_jobs(redis)}
+    assert (listed[job_id].attempts, listed[job_id].error, listed[sound].class_labels) == (0, REASON, [3])
+    with pytest.raises(ValueError):
+        requeue(redis, job_id)
+    assert waiting(redis) == []
+
+
+# --- bounds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def post(open_client: Callable[..., Any], key_file: Path, bearer: Callable[..., dict[str, str]]) -> Iterator[Callable[[], Any]]:
+    """`post()`: a job of a key that may have two in flight, where three may wait."""
+    headers = bearer("alice", in_flight=2)
+    with open_client(api_keys_file=key_file, queue_limit=3) as client:
+        yield lambda: client.post("/generate", json={"class_label": 0}, headers=headers)
+
+
+def kind(answer: Any) -> str:
+    return str(answer.json().get("type", "")).rpartition(":")[2]
+
+
+def test_a_requeued_job_is_one_in_flight_again(
+    redis: Redis, post: Callable[[], Any], bury: Callable[[str], str], key_file: Path, worker: Any
+) -> None:
+    dead = bury(post().json()["id"])
+    others = [post().json()["id"] for _ in range(2)]  # the books of those in flight have forgotten the dead one
+    (entry,) = read_keys(key_file)
+    assert {job.owner for job in dead_jobs(redis)} == {entry.id}
+    requeue(redis, dead)  # over the bound, and not refused: it was accepted once
+    worker.succeed(worker.take(others[0]))
+    assert kind(post()) == "too-many-jobs", "two are left: the requeued one, and one that waits"
+    worker.succeed(worker.take(dead))
+    assert post().status_code == 202
+    in_flight = {job_id.decode() for job_id in redis.smembers(protocol.active_key(entry.id))}
+    assert len(in_flight) == 2 and others[1] in in_flight
+
+
+def test_a_full_queue_takes_it_and_then_counts_it(redis: Redis, die: Callable[..., str], open_client: Callable[..., Any]) -> None:
+    dead = [die(), die()]
+    with open_client(queue_limit=1) as client:
+        for job_id in dead:
+            requeue(redis, job_id)
+        assert waiting(redis) == dead
+        assert kind(client.post("/generate", json={"class_label": 0})) == "queue-full"
+
+
+def test_requeued_or_not_the_room_for_its_pictures_is_kept_once_and_given_back(
+    redis: Redis, bury: Callable[[str], str], submit: Callable[..., str]
+) -> None:
+    job_id = bury(submit())
+    kept = int(redis.get(protocol.BYTES_KEY) or 0)
+    for _ in range(2):
+        requeue(redis, job_id)
+        bury(job_id)
+    assert int(redis.get(protocol.BYTES_KEY) or 0) == kept > 0 and redis.zcard(protocol.BOOKS_KEY) == 1
+    redis.delete(protocol.job_key(job_id))
+    redis.zadd(protocol.BOOKS_KEY, dict.fromkeys(redis.zrange(protocol.BOOKS_KEY, 0, -1), 0))  # its time has come
+    submit()
+    assert int(redis.get(protocol.BYTES_KEY) or 0) == kept and redis.zcard(protocol.BOOKS_KEY) == 1, "of the new job"
+
+
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
@@ -206,9 +282,9 @@ def test_the_command_lists_them(dit: Callable[..., Result], redis: Redis, die: C
     job_id = die(class_label=2)
     (entry,) = json.loads(dit("dead", "--json").stdout)
     assert entry.pop("ended_at").startswith("20")
-    assert entry == {"id": job_id, "model": "tiny", "class_labels": [2], "attempts": 5, "error": REASON}
+    assert entry == {"id": job_id, "owner": "", "model": "tiny", "class_labels": [2], "attempts": 5, "error": REASON}
     header, line = dit("dead").stdout.splitlines()
-    assert header.split() == ["id", "model", "class_labels", "attempts", "ended_at", "error"]
+    assert header.split() == ["id", "owner", "model", "class_labels", "attempts", "ended_at", "error"]
     assert line.split()[:4] == [job_id, "tiny", "[2]", "5"] and line.endswith(REASON)
 
 

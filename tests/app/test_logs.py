@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 from starlette.testclient import TestClient
 
+from app.auth import read_keys
 from app.logs import REQUEST_ID, JsonFormatter, accepted_id
 from worker import protocol
 
@@ -117,6 +119,21 @@ def test_a_request_leaves_a_line(client: TestClient, lines: Lines) -> None:
         "path": "/jobs/abc/images/0",
         "status": 404,
     }
+
+
+def test_the_line_of_a_call_with_a_key_names_the_key_and_shows_nothing_of_its_secret(
+    open_client: Callable[..., Any], key_file: Path, bearer: Callable[..., dict[str, str]], lines: Lines
+) -> None:
+    headers = bearer("alice", in_flight=4)
+    (entry,) = read_keys(key_file)
+    with open_client(api_keys_file=key_file) as client:
+        client.post("/generate", json={"class_label": 0}, headers=headers)
+        client.get("/models", headers={"Authorization": headers["Authorization"][:-1]})
+        client.get("/models")
+    told = [line for line in lines() if line["logger"] == "dit.access"]
+    assert [line.get("key_id") for line in told] == [entry.id, None, None]
+    secret = headers["Authorization"].rpartition("_")[2]
+    assert secret[:-1] not in json.dumps(lines()) and entry.sha256 not in json.dumps(lines()) and entry.id in told[0]["message"]
 
 
 def test_a_path_cannot_forge_a_line(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
