@@ -3,36 +3,21 @@
 import base64
 import hashlib
 import io
-import json
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from worker.picture_text import KEYWORD, PictureText
 from worker.protocol import GenerationRequest
 
-KEYWORD = "dit"  # of the iTXt chunk
-TEXT_VERSION = 1
 SMALL = 64  # pixels
-
-
-def describe(request: GenerationRequest, index: int, checkpoint: str) -> str:
-    """The JSON inside the picture: no id and no time."""
-    document = {
-        "version": TEXT_VERSION,
-        "checkpoint": checkpoint,
-        "index": index,
-        "seed": request.seed + index,
-        "class_label": request.class_labels[index],
-        "request": json.loads(request.dump()),
-    }
-    return json.dumps(document, sort_keys=True)
 
 
 def encode_png(pixels: np.ndarray, request: GenerationRequest, index: int, checkpoint: str) -> tuple[bytes, str]:
     """uint8 pixels (H, W, 1 or 3) → PNG bytes and their sha256."""
     text = PngInfo()
-    text.add_itxt(KEYWORD, describe(request, index, checkpoint))
+    text.add_itxt(KEYWORD, PictureText(request, index, checkpoint).dump())
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG", pnginfo=text)
     data = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""`dit generate`: pictures of a server that runs."""
+"""`dit generate`: pictures of a server that runs; `dit show`: how one was made."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,3 +52,14 @@ def generate_command(
         fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         fail("stopped; whether the server has the job is not known", 130)
+
+
+@app.command("show")
+def show_command(picture: Annotated[Path, typer.Argument(help="A PNG that dit made.")]) -> None:
+    """How a picture was made: its checkpoint, and the request that makes it again."""
+    from app.picture_request import read_picture, shown
+
+    try:
+        typer.echo(shown(read_picture(picture)))
+    except (ValueError, OSError) as error:
+        fail(str(error))

@@ -1,5 +1,6 @@
 """The client and `dit generate` on the whole service: what the README says of them, done."""
 
+import io
 import json
 import os
 import re
@@ -23,6 +24,13 @@ def example(language: str) -> str:
     return str(block)
 
 
+def commands() -> list[list[str]]:
+    """The words of each line of the block on the shell, after `dit`."""
+    lines = [shlex.split(line, comments=True) for line in example("sh").splitlines()]
+    assert all(program == ".venv/bin/dit" for program, *_ in lines)
+    return [words for _, *words in lines]
+
+
 def run(service: Any, folder: Path, *command: str) -> str:
     environment = {**service.environment, "DIT_URL": service.url, "PYTHONPATH": str(README.parent)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
@@ -35,14 +43,18 @@ def told(path: Path) -> dict[str, Any]:
         return dict(json.loads(picture.text["dit"]))
 
 
-def test_the_command_of_the_readme_writes_four_pictures(service: Any, tmp_path: Path) -> None:
-    program, *words = shlex.split(example("sh"), comments=True)
-    assert program == ".venv/bin/dit"
-    printed = run(service, tmp_path, sys.executable, "-m", "app.cli", *words).splitlines()
+def test_the_commands_of_the_readme_write_four_pictures_and_tell_what_makes_one_again(service: Any, tmp_path: Path) -> None:
+    generate, show = commands()
+    printed = run(service, tmp_path, sys.executable, "-m", "app.cli", *generate).splitlines()
     assert sorted(printed) == sorted(f"out/{name}" for name in os.listdir(tmp_path / "out")) and len(printed) == 4
     for line in printed:
         document = told(tmp_path / line)
         assert line == f"out/sneaker-{document['seed']}.png" and document["class_label"] == 2
+    assert show == ["show", "out/sneaker-….png"]
+    request = json.loads(run(service, tmp_path, sys.executable, "-m", "app.cli", "show", printed[3]))["request"]
+    (again,) = service.pictures(service.submit(**request))
+    with Image.open(tmp_path / printed[3]) as first, Image.open(io.BytesIO(again)) as second:
+        assert first.tobytes() == second.tobytes()
 
 
 def test_the_python_of_the_readme_writes_the_same_pictures_as_the_api(service: Any, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worker.images import KEYWORD, describe, encode_png
+from worker.images import encode_png
+from worker.picture_text import KEYWORD, PictureText
 from worker.protocol import GenerationRequest
 
 HASH = "cd" * 32
@@ -52,7 +53,7 @@ def test_how_the_picture_was_made_is_inside(make_request: Callable[..., Generati
         image.load()
         inside = json.loads(image.text[KEYWORD])["request"]
     assert choices.items() <= inside.items()
-    assert {"spacing": None, "eta": 0.0, "shift": 1.0}.items() <= json.loads(describe(make_request(), 0, HASH))["request"].items()
+    assert {"spacing": None, "eta": 0.0, "shift": 1.0}.items() <= json.loads(PictureText(make_request(), 0, HASH).dump())["request"].items()
 
 
 def test_nothing_else_is_inside(request_of_three: GenerationRequest) -> None:
@@ -64,7 +65,7 @@ def test_nothing_else_is_inside(request_of_three: GenerationRequest) -> None:
         chunks.append(data[position + 4 : position + 8].decode())
         position += 12 + length
     assert [kind for kind in chunks if kind != "IDAT"] == ["IHDR", "iTXt", "IEND"]
-    inside = json.loads(describe(request_of_three, 0, HASH))
+    inside = json.loads(PictureText(request_of_three, 0, HASH).dump())
     assert sorted(inside) == ["checkpoint", "class_label", "index", "request", "seed", "version"]
     assert {*inside["request"], "block_cache"} == set(request_of_three.__dataclass_fields__), "block_cache where there is one"
 
