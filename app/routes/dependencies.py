@@ -13,7 +13,7 @@ from app.problems import Problem
 from app.schemas import ProblemView
 
 
-def job_store(request: Request) -> JobStore:
+async def job_store(request: Request) -> JobStore:
     store: JobStore = request.app.state.jobs
     return store
 
@@ -42,7 +42,7 @@ def needs(scope: str) -> Callable[..., Awaitable[Caller]]:
 GenerateCaller = Annotated[Caller, Depends(needs(GENERATE))]
 
 
-def metrics(request: Request) -> Metrics:
+async def metrics(request: Request) -> Metrics:
     found: Metrics = request.app.state.metrics
     return found
 
