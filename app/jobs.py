@@ -32,6 +32,7 @@ CONNECTION: dict[str, Any] = {
     "max_connections": 2000,  # each caller that waits or watches holds one
 }
 _BLOCK_S = 2.0  # one blocking read; it must end well before the socket's timeout
+_AT_ONCE = 10  # events of one read: all that is in memory for a client that takes them slowly, and a preview may have 100 kB
 EVERYBODY = None  # in place of an owner: who may see the jobs of all
 _LOOKED_AT = 100  # jobs of a long queue, evenly spread: a millisecond of Redis for each question would be too much
 
@@ -257,7 +258,7 @@ class JobStore:
         while True:
             ended = await self._ended(job_id)  # asked before reading, so that the read then sees all that will ever come
             block = None if ended else int(_BLOCK_S * 1000)
-            answer = await self.redis.xread({protocol.events_key(job_id): after}, count=100, block=block)
+            answer = await self.redis.xread({protocol.events_key(job_id): after}, count=_AT_ONCE, block=block)
             if not answer:
                 if ended:
                     return

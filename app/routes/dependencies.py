@@ -11,6 +11,7 @@ from app.jobs import JobStore
 from app.metrics import Metrics
 from app.problems import Problem
 from app.schemas import ProblemView
+from app.watchers import Watchers
 
 
 async def job_store(request: Request) -> JobStore:
@@ -48,6 +49,14 @@ async def metrics(request: Request) -> Metrics:
 
 
 ProcessMetrics = Annotated[Metrics, Depends(metrics)]
+
+
+async def watchers(request: Request) -> Watchers:
+    found: Watchers = request.app.state.watchers
+    return found
+
+
+AllWatchers = Annotated[Watchers, Depends(watchers)]
 
 
 admin_only = needs(ADMIN)  # whoever may stop a queue for everybody

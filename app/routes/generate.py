@@ -12,7 +12,7 @@ from app.admission import picture_bytes
 from app.jobs import Key
 from app.problems import Problem
 from app.resolve import choose_model, resolve
-from app.routes.dependencies import GenerateCaller, Store, keyed_problems
+from app.routes.dependencies import AllWatchers, GenerateCaller, Store, keyed_problems
 from app.schemas import GenerateRequest, JobView
 from worker import protocol
 
@@ -43,6 +43,7 @@ async def generate(
     body: GenerateRequest,
     store: Store,
     caller: GenerateCaller,
+    watchers: AllWatchers,
     previews: Annotated[
         bool, Query(description="Tell what the pictures look like on their way, as events `preview`: four times each.")
     ] = False,
@@ -70,9 +71,10 @@ async def generate(
             key=key,
         )
     headers = {"Location": f"/jobs/{job_id}"}
-    wait_s = preferred_wait(prefer)
-    ended = bool(wait_s) and await store.wait(job_id, wait_s)
-    if wait_s:
+    wait_s, ended = preferred_wait(prefer), False
+    if wait_s and watchers.refusal(caller.name) is None:  # else not: it is a preference
+        with watchers.place(caller.name):
+            ended = await store.wait(job_id, wait_s)
         headers["Preference-Applied"] = f"wait={wait_s}"
     job = await store.get(job_id)
     if ended and "image/png" in (accept or "").lower() and _pictures(job) == 1:
