@@ -3,10 +3,12 @@
 Whoever dies in the middle leaves nothing behind, and a thousand submissions at once find as much room as one after the other.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 from redis.client import Pipeline
 from redis.exceptions import OutOfMemoryError, ResponseError
 from rq import Queue, Retry
@@ -106,27 +108,28 @@ def picture_bytes(size: int, channels: int) -> int:
 
 
 class Admission:
-    """The one way into the queue. Synchronous, as rq is."""
+    """The one way into the queue."""
 
-    def __init__(self, connection: Redis, limits: Limits) -> None:
-        self._connection, self.limits = connection, limits
-        self._submit = connection.register_script(SUBMIT)
-        self._queues: dict[str, Queue] = {}  # each asks the server's version once
+    def __init__(self, sync: Redis, connection: AsyncRedis, limits: Limits) -> None:
+        """The synchronous client is for rq, which has no other: it asks for the server's version, and writes what is never sent."""
+        self._sync, self.limits = sync, limits
+        self._submit: Any = connection.register_script(SUBMIT)
+        self._queues: dict[str, Queue] = {}
 
-    def submit(self, job: Submission) -> str:
+    async def submit(self, job: Submission) -> str:
         """The id of the job: this one's, or that of an equal submission before. Problems 409, 422, 429 and 503 say why not.
 
         It is sent once: where the answer is lost, the client is told 503, and a job that was queued all the same runs and expires.
         """
         if job.image_bytes > self.limits.image_bytes:
             raise Problem(422, f"its pictures may take {job.image_bytes} bytes, and {self.limits.image_bytes} are there for all jobs")
-        queue = self._queue(job.request.model)
+        queue = await self._queue(job.request.model)
         commands = self._commands(job, queue)
         words: list[Any] = [word for command in commands for word in (len(command), *command)]
         limits = [self.limits.queue, "" if job.in_flight is None else job.in_flight, self.limits.image_bytes, job.result_ttl_s]
         arguments = [job.job_id, job.owner, job.image_bytes, *limits, job.idempotency, job.fingerprint, len(commands), *words]
         try:
-            verdict, *told = self._submit([queue.key, protocol.gate_key(job.request.model)], arguments)
+            verdict, *told = await self._submit([queue.key, protocol.gate_key(job.request.model)], arguments)
         except ResponseError as error:
             if problem := refusal(error):
                 raise problem from error
@@ -154,12 +157,17 @@ class Admission:
         detail = f"pictures take {told[0]} of {self.limits.image_bytes} bytes, too many for {job.image_bytes} more; they expire in time"
         raise Problem(429, detail, kind="storage-full", retry_after_s=min(int(told[1]), 3600))
 
-    def _queue(self, model: str) -> Queue:
-        return self._queues.setdefault(model, Queue(protocol.queue_name(model), connection=self._connection, serializer=JSONSerializer))
+    async def _queue(self, model: str) -> Queue:
+        """It asks for the server's version once, in a thread, so that nobody waits for that."""
+        if model not in self._queues:
+            queue = Queue(protocol.queue_name(model), connection=self._sync, serializer=JSONSerializer)
+            await asyncio.to_thread(queue.get_redis_server_version)
+            self._queues[model] = queue
+        return self._queues[model]
 
     def _commands(self, job: Submission, queue: Queue) -> list[tuple[Any, ...]]:
         """What makes a job, rq's part in rq's own words: written on a pipeline that is never sent."""
-        with self._connection.pipeline() as pipeline:
+        with self._sync.pipeline() as pipeline:
             enqueue(pipeline, queue, job.job_id, job.request, job.result_ttl_s)
             pipeline.hset(protocol.job_key(job.job_id), mapping=job.record)
             pipeline.xadd(protocol.events_key(job.job_id), {"event": "queued", "data": "{}"})

@@ -32,16 +32,20 @@ CONNECTION: dict[str, Any] = {
     "max_connections": 2000,  # each caller that waits or watches holds one
 }
 _BLOCK_S = 2.0  # one blocking read; it must end well before the socket's timeout
+_AT_ONCE = 10  # events of one read: all that is in memory for a client that takes them slowly, and a preview may have 100 kB
 EVERYBODY = None  # in place of an owner: who may see the jobs of all
+_LOOKED_AT = 100  # jobs of a long queue, evenly spread: a millisecond of Redis for each question would be too much
 
 # KEYS the model's queue, its jobs under a lease, rq's set of its workers. ARGV job id. What has to be done before a job that waits starts.
-# → {} if it does not wait, else {jobs before it, row evaluations before it, workers}. Of jobs that run, what their steps leave counts.
-_AHEAD = """#!lua flags=no-writes
+# → {} if it does not wait, else {jobs before it, row evaluations before it, about, workers}. Of jobs that run, what is left counts.
+_AHEAD = f"""#!lua flags=no-writes
 local position = redis.call('LPOS', KEYS[1], ARGV[1])
-if not position then return {} end
-local ahead = 0
-for _, id in ipairs(position > 0 and redis.call('LRANGE', KEYS[1], 0, position - 1) or {}) do
-  ahead = ahead + (tonumber(redis.call('HGET', 'dit:job:' .. id, 'work')) or 0)
+if not position then return {{}} end
+local ahead, before = 0, position > 0 and redis.call('LRANGE', KEYS[1], 0, position - 1) or {{}}
+local every = math.max(1, math.ceil(position / {_LOOKED_AT}))
+for i = 1, position, every do
+  local work = tonumber(redis.call('HGET', 'dit:job:' .. before[i], 'work')) or 0
+  ahead = ahead + work * math.min(every, position - i + 1) -- it stands for those after it
 end
 for _, lease in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
   local work, step, request = unpack(redis.call('HMGET', 'dit:job:' .. string.match(lease, '^[^:]*'), 'work', 'step', 'request'))
@@ -50,7 +54,7 @@ for _, lease in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
     ahead = ahead + tonumber(work) * math.max(0, 1 - (tonumber(step) or 0) / asked.steps)
   end
 end
-return {position, math.ceil(ahead), redis.call('SCARD', KEYS[3])}
+return {{position, math.ceil(ahead), redis.call('SCARD', KEYS[3])}}
 """
 
 
@@ -95,7 +99,7 @@ class JobStore:
         """`queue_limit`: jobs that may wait, of each model. `image_bytes`: that the pictures of all jobs may take."""
         self.redis: Any = connection  # its answers are bytes here, which its types do not say
         self.result_ttl_s = result_ttl_s
-        self.admission = Admission(sync, Limits(queue_limit, image_bytes))
+        self.admission = Admission(sync, connection, Limits(queue_limit, image_bytes))
         self._cancel, self._ahead = connection.register_script(protocol.CANCEL), connection.register_script(_AHEAD)
 
     async def models(self) -> list[ModelRecord]:
@@ -111,7 +115,7 @@ class JobStore:
         can take nothing.
         """
         job = self.submission(new_id(), request, checkpoint, **terms)
-        job_id = await asyncio.to_thread(self.admission.submit, job)
+        job_id = await self.admission.submit(job)
         log.info("job %s %s", job_id, "waits" if job_id == job.job_id else "was submitted before", extra={"job_id": job_id})
         return job_id
 
@@ -254,7 +258,7 @@ class JobStore:
         while True:
             ended = await self._ended(job_id)  # asked before reading, so that the read then sees all that will ever come
             block = None if ended else int(_BLOCK_S * 1000)
-            answer = await self.redis.xread({protocol.events_key(job_id): after}, count=100, block=block)
+            answer = await self.redis.xread({protocol.events_key(job_id): after}, count=_AT_ONCE, block=block)
             if not answer:
                 if ended:
                     return

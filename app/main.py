@@ -12,6 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from app import middleware, problems
 from app.auth import KeyFile
+from app.connections import Pool
 from app.jobs import CONNECTION, JobStore
 from app.limits import RateLimiter
 from app.metrics import Metrics
@@ -19,6 +20,7 @@ from app.routes import generate, jobs, models, queues, system
 from app.schemas import ProblemView
 from app.seen import Seen
 from app.settings import Settings
+from app.watchers import Watchers
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -30,7 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sync, connection = Redis.from_url(url, **options), AsyncRedis.from_url(url, **options)
+        sync, connection = Redis.from_url(url, **options), AsyncRedis.from_pool(Pool.from_url(url, **options))
         app.state.jobs = JobStore(
             sync,
             connection,
@@ -38,7 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
             result_ttl_s=settings.result_ttl,
             image_bytes=settings.image_bytes,
         )
-        app.state.limiter = RateLimiter(connection)
+        app.state.limiter, app.state.watchers = RateLimiter(connection), Watchers()
         yield
         await connection.aclose()
         sync.close()

@@ -1,7 +1,7 @@
 """`dit up`, `dit api` and `dit worker`: what runs until it is stopped."""
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ def api_command() -> None:
     """Run the HTTP API alone, over the Redis of DIT_REDIS_URL."""
     import uvicorn
 
+    from app.door import Door, raise_file_limit
     from app.local import end_with_supervisor
     from app.logs import log_to_stderr
     from app.main import create_app
@@ -40,11 +41,13 @@ def api_command() -> None:
     settings = _door_settings()
     log_to_stderr(settings.log_format)
     end_with_supervisor()
+    raise_file_limit()
     try:
         application = create_app(settings)
     except ValueError as error:
         fail(str(error), CONFIGURATION_ERROR)
-    uvicorn.run(application, host=settings.host, port=settings.port, log_config=None, log_level="warning", timeout_graceful_shutdown=3)
+    how: dict[str, Any] = {"http": Door, "log_config": None, "log_level": "warning", "timeout_graceful_shutdown": 3}
+    uvicorn.run(application, host=settings.host, port=settings.port, **how)
 
 
 @app.command("worker")

@@ -11,9 +11,10 @@ from app.jobs import JobStore
 from app.metrics import Metrics
 from app.problems import Problem
 from app.schemas import ProblemView
+from app.watchers import Watchers
 
 
-def job_store(request: Request) -> JobStore:
+async def job_store(request: Request) -> JobStore:
     store: JobStore = request.app.state.jobs
     return store
 
@@ -42,7 +43,7 @@ def needs(scope: str) -> Callable[..., Awaitable[Caller]]:
 GenerateCaller = Annotated[Caller, Depends(needs(GENERATE))]
 
 
-def key_holds(request: Request) -> Callable[[], bool]:
+async def key_holds(request: Request) -> Callable[[], bool]:
     holds: Callable[[], bool] = request.state.key_holds
     return holds
 
@@ -50,12 +51,20 @@ def key_holds(request: Request) -> Callable[[], bool]:
 KeyHolds = Annotated[Callable[[], bool], Depends(key_holds)]  # asked again and again by what goes on for long
 
 
-def metrics(request: Request) -> Metrics:
+async def metrics(request: Request) -> Metrics:
     found: Metrics = request.app.state.metrics
     return found
 
 
 ProcessMetrics = Annotated[Metrics, Depends(metrics)]
+
+
+async def watchers(request: Request) -> Watchers:
+    found: Watchers = request.app.state.watchers
+    return found
+
+
+AllWatchers = Annotated[Watchers, Depends(watchers)]
 
 
 admin_only = needs(ADMIN)  # whoever may stop a queue for everybody

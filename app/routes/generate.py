@@ -12,7 +12,7 @@ from app.admission import picture_bytes
 from app.jobs import Key
 from app.problems import Problem, key_needed
 from app.resolve import choose_model, resolve
-from app.routes.dependencies import GenerateCaller, KeyHolds, Store, keyed_problems
+from app.routes.dependencies import AllWatchers, GenerateCaller, KeyHolds, Store, keyed_problems
 from app.schemas import GenerateRequest, JobView
 from worker import protocol
 
@@ -44,6 +44,7 @@ async def generate(
     store: Store,
     caller: GenerateCaller,
     key_holds: KeyHolds,
+    watchers: AllWatchers,
     previews: Annotated[
         bool, Query(description="Tell what the pictures look like on their way, as events `preview`: four times each.")
     ] = False,
@@ -71,9 +72,10 @@ async def generate(
             key=key,
         )
     headers = {"Location": f"/jobs/{job_id}"}
-    wait_s = preferred_wait(prefer)
-    ended = bool(wait_s) and await store.wait(job_id, wait_s, key_holds)
-    if wait_s:
+    wait_s, ended = preferred_wait(prefer), False
+    if wait_s and watchers.refusal(caller.id) is None:  # else not: it is a preference
+        with watchers.place(caller.id):
+            ended = await store.wait(job_id, wait_s, key_holds)
         if not key_holds():
             raise key_needed("this key was revoked while its job was waited for")
         headers["Preference-Applied"] = f"wait={wait_s}"

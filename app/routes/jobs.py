@@ -4,15 +4,17 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from redis.exceptions import RedisError
+from starlette.types import Receive, Scope, Send
 
 from app.jobs import JobStore, id_time
 from app.problems import Problem, field_error, invalid
-from app.routes.dependencies import GenerateCaller, KeyHolds, Store, keyed_problems
+from app.routes.dependencies import AllWatchers, GenerateCaller, KeyHolds, Store, keyed_problems
 from app.schemas import MAX_IMAGES, JobList, JobView
 from app.sheet import contact_sheet
 from worker import protocol
@@ -104,7 +106,12 @@ def _has(if_none_match: str | None, tag: str) -> bool:
     responses={200: {"content": {"text/event-stream": {}}}, **keyed_problems(404, 410, 422, 503)},
 )
 async def get_events(
-    job_id: JobId, store: Store, caller: GenerateCaller, key_holds: KeyHolds, last_event_id: Annotated[str | None, Header()] = None
+    job_id: JobId,
+    store: Store,
+    caller: GenerateCaller,
+    key_holds: KeyHolds,
+    watchers: AllWatchers,
+    last_event_id: Annotated[str | None, Header()] = None,
 ) -> StreamingResponse:
     """Server-sent events from the beginning, or after `Last-Event-ID`; closes after `done`.
 
@@ -112,8 +119,21 @@ async def get_events(
     """
     after = _stream_id(last_event_id)
     await store.get(job_id, caller.sees)  # 404 and 410 before the stream begins
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_lines(store, job_id, after, key_holds), headers=headers, media_type="text/event-stream")
+    return EventStream(_lines(store, job_id, after, key_holds), watchers.place(caller.id))
+
+
+class EventStream(StreamingResponse):
+    """One that has its place among those who watch until it ends, however that is; where there is none, it becomes the problem."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, lines: AsyncIterator[str], place: AbstractContextManager[None]) -> None:
+        super().__init__(lines, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self.place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.place:
+            await super().__call__(scope, receive, send)
 
 
 def _stream_id(given: str | None) -> str:

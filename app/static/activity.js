@@ -30,7 +30,7 @@ export function showActivity(jobs, { canceling, made }) {
   if (!job) return; // the end is told by itself
   if (running) say(step, jobs.length > 1 ? `${made} of ${picturesOf(jobs)}` : `step ${job.progress.step} of ${job.request.steps}`);
   else say(step, "");
-  if (job.unreachable) sayStatus("trouble", "The server does not answer. The job goes on by itself once it does.");
+  if (job.unreachable) sayStatus("trouble", `${job.unreachable} does not answer. The job goes on by itself once it does.`);
   else if (canceling || job.status === "canceling") sayStatus("canceling", "Canceling…");
   else if (job.status === "queued") sayStatus("queued", inLine(job));
   else if (job.silent_s) sayStatus("trouble", "No news from the worker. If it has ended, another one takes over.");

@@ -15,7 +15,7 @@ const sleep = (ms) => new Promise((wake) => setTimeout(wake, ms));
  * Calls `hear.job(job)` at every change, `hear.preview(event)` and `hear.image(event)` as they come; returns the finished job.
  * The event stream tells of steps and pictures. What it can't tell (the place in the queue, anything at all once it has broken) is asked
  * for every second. Besides its own fields a job heard of has `silent_s`, how long nothing was news; `restarted`, that another worker
- * had begun it; `unreachable`, that the server does not answer. Throws Problem when the job is gone.
+ * had begun it; `unreachable`, who does not answer, the server or the queue behind it. Throws Problem when the job is gone.
  */
 export async function follow(job, hear) {
   const path = `/jobs/${job.id}`;
@@ -25,7 +25,7 @@ export async function follow(job, hear) {
   const change = (fields) => hear.job((job = { ...job, ...fields }));
   const changeTold = (fields) => {
     news_ms = performance.now();
-    change({ silent_s: 0, unreachable: false, ...fields });
+    change({ silent_s: 0, unreachable: null, ...fields });
   };
 
   async function listen() {
@@ -47,10 +47,10 @@ export async function follow(job, hear) {
     try {
       const read = await call("GET", path);
       const isNews = read.status !== job.status || read.progress.step !== job.progress.step;
-      (isNews ? changeTold : change)({ ...read, unreachable: false });
+      (isNews ? changeTold : change)({ ...read, unreachable: null });
     } catch (error) {
       if (!(error instanceof Problem) || error.isFinal) throw error;
-      change({ unreachable: true });
+      change({ unreachable: error.isOfQueue ? "The queue" : "The server" });
     }
   }
 

@@ -4,9 +4,14 @@ const KEY = "dit-key"; // in sessionStorage: it is gone with the tab
 const GONE = new Set([401, 403, 404, 410]); // asking again would not help
 
 export class Problem extends Error {
-  constructor({ title, detail = "", status = 0, errors = [], retryAfter = null }) {
+  constructor({ type = "", title, detail = "", status = 0, errors = [], retryAfter = null }) {
     super(title);
-    Object.assign(this, { title, detail, status, errors, retryAfter });
+    Object.assign(this, { type, title, detail, status, errors, retryAfter });
+  }
+
+  /** The server is there, and Redis behind it is away, full or cannot write. */
+  get isOfQueue() {
+    return this.type.startsWith("urn:dit:problem:redis-");
   }
 
   get isFinal() {

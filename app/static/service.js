@@ -42,9 +42,13 @@ async function look(ready) {
     say(field("queue"), "");
     if (error.status === 401) return tell("key", "A key is needed");
     if (error.status === 403) return tell("key", "This key may not make pictures");
+    if (error.isOfQueue) return tell("no-queue", sentence(error.detail));
     return error.status === 0 ? tell("unreachable", "The server does not answer") : tell("no-worker", "Waiting for a worker");
   }
 }
+
+/** "the queue (Redis) does not answer; try again shortly" → what is the matter. */
+const sentence = (detail) => detail.charAt(0).toUpperCase() + detail.slice(1).split(";")[0];
 
 async function countJobs() {
   const { jobs } = await call("GET", `/jobs?limit=${RECENT}`);

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from redis import Redis
 from starlette.testclient import TestClient
 
+from app.door import Door
 from app.embedded import EmbeddedServer
 from app.keys import create_key
 from app.main import create_app
@@ -237,7 +238,7 @@ def worker(redis: Redis) -> Worker:
 @contextmanager
 def listening(app: Any, port: int = 0) -> Iterator[str]:
     """The application on a port of this host, served by a thread; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, http=Door, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,5 +1,6 @@
 """Into the queue: bounds that hold however many come at once, keys that make a request safe to repeat, books that close by themselves."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 from rq import Queue
 from starlette.testclient import TestClient
 
@@ -33,7 +35,11 @@ def admit(server: EmbeddedServer, redis: Redis) -> Callable[..., str]:
         job_id = new_id()
         record = {"status": protocol.QUEUED, "model": "tiny", "request": REQUEST.dump(), "result_ttl_s": ttl_s}
         job = Submission(job_id, REQUEST, record, ttl_s, image_bytes, **fields)
-        return Admission(connection, Limits(queue, room)).submit(job)
+        return asyncio.run(submitted(connection, Limits(queue, room), job))
+
+    async def submitted(sync: Redis, limits: Limits, job: Submission) -> str:
+        async with AsyncRedis.from_url(server.url, **CONNECTION) as own:
+            return await Admission(sync, own, limits).submit(job)
 
     return submit
 

@@ -99,6 +99,22 @@ def test_the_wait_is_the_work_before_it_over_the_workers_pace(
     assert (job["queue_position"], job["estimated_wait_s"]) == (1, 3.0)  # half of the first is left
 
 
+@pytest.mark.parametrize("waiting", [99, 100, 101, 250, 1001])
+def test_the_wait_behind_a_long_queue_is_told_from_a_part_of_it(
+    client: TestClient, submit: Callable[..., str], serve: Callable[..., Any], redis: Redis, waiting: int
+) -> None:
+    serve(rows_per_s=10.0)
+    redis.sadd("rq:workers:dit-tiny", "one")
+    last = submit()
+    with redis.pipeline() as pipeline:
+        for number in range(waiting):
+            pipeline.lpush("rq:queue:dit-tiny", f"before-{number}")
+            pipeline.hset(protocol.job_key(f"before-{number}"), "work", 20)
+        pipeline.execute()
+    job = client.get(f"/jobs/{last}").json()
+    assert (job["queue_position"], job["estimated_wait_s"]) == (waiting, 2.0 * waiting)
+
+
 def test_nobody_guesses_a_wait_where_no_pace_is_known(client: TestClient, submit: Callable[..., str]) -> None:
     job = client.get(f"/jobs/{submit()}").json()
     assert (job["queue_position"], job["estimated_wait_s"]) == (0, None)

@@ -35,7 +35,7 @@ POINTS: dict[str, tuple[type, str, str]] = {
     "committing": (JobResults, "_end", "before"),  # its pictures and its end are about to be sent
     "committed": (DiTWorker, "_finish", "before"),  # ended for us, and not yet in rq's books
     "submitting": (Admission, "submit", "before"),  # of an API
-    "submitted": (Admission, "submit", "after"),
+    "submitted": (Admission, "_answer", "before"),
 }
 
 

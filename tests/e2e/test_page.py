@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
+from app.embedded import EmbeddedServer
 from app.keys import create_key
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -430,6 +431,28 @@ def test_a_job_survives_its_worker(own_service: Callable[..., Any], open_page: C
     screenshot(page, "worker-killed")
     expect_pictures(page, 12)
     expect_status(page, "succeeded")
+
+
+def test_a_queue_that_is_away_is_told_until_it_is_back(
+    own_service: Callable[..., Any], open_page: Callable[..., Page], tmp_path: Path
+) -> None:
+    server = EmbeddedServer(tmp_path / "redis")
+    server.start()
+    try:
+        page = open_page(own_service(DIT_REDIS_URL=server.url).ready().url)
+        ask(page, steps=1000, count=12)
+        expect_status(page, "running")
+        server.process.kill()
+        server.process.wait()
+        expect(page.locator("#status")).to_contain_text("The queue does not answer", timeout=JOB_MS)
+        expect(page.locator("#service")).to_have_text("The queue (Redis) does not answer", timeout=READY_MS)
+        screenshot(page, "redis-away")
+        server.start()
+        expect_pictures(page, 12)
+        expect_status(page, "succeeded")
+        expect_ready(page)
+    finally:
+        server.stop()
 
 
 def test_a_key_is_asked_for_when_one_is_needed(own_service: Callable[..., Any], open_page: Callable[..., Page], tmp_path: Path) -> None:

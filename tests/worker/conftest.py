@@ -1,5 +1,6 @@
 """A real server on a unix socket, a tiny model on the CPU, jobs queued as the API queues them, and workers to which things happen."""
 
+import asyncio
 import json
 import subprocess
 import tempfile
@@ -158,7 +159,6 @@ class Jobs:
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
-        self.store = JobStore(redis, AsyncRedis(), queue_limit=1000, result_ttl_s=600)
         self._cancel = redis.register_script(protocol.CANCEL)
         self.queue = f"rq:queue:{protocol.queue_name('tiny')}"
         self.intermediate = f"{self.queue}:intermediate"
@@ -166,9 +166,12 @@ class Jobs:
         self.bell = protocol.bell_key("tiny")
 
     def submit(self, request: GenerationRequest, checkpoint: str = HASH, job_id: str | None = None) -> str:
-        job_id = job_id or new_id()
-        self.store.admission.submit(self.store.submission(job_id, request, checkpoint))
-        return job_id
+        return asyncio.run(self._submit(request, checkpoint, job_id or new_id()))
+
+    async def _submit(self, request: GenerationRequest, checkpoint: str, job_id: str) -> str:
+        async with AsyncRedis(unix_socket_path=self.redis.get_connection_kwargs()["path"], protocol=2) as connection:
+            store = JobStore(self.redis, connection, queue_limit=1000, result_ttl_s=600)
+            return await store.admission.submit(store.submission(job_id, request, checkpoint))
 
     def cancel(self, job_id: str) -> str | None:
         """As `DELETE /jobs/{id}` does; the status that the job had."""
