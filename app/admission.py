@@ -207,4 +207,7 @@ def refusal(error: ResponseError) -> Problem | None:
     if "MISCONF" in str(error):
         detail = "the queue (Redis) cannot write its disk; try again when that is mended"
         return Problem(503, detail, kind="redis-disk", retry_after_s=30)
+    if "NOREPLICAS" in str(error):
+        detail = "the queue (Redis) takes nothing while too few replicas follow it; try again when they do"
+        return Problem(503, detail, kind="redis-replicas", retry_after_s=5)
     return None

@@ -28,6 +28,7 @@ from app.embedded import EmbeddedServer
 from app.imports import checkpoint_folder
 from app.settings import Settings, load_settings
 from worker import protocol
+from worker.connect import connect
 
 CONFIGURATION_ERROR = 78  # exit status of a child that would fail again in the same way (sysexits.h)
 PARENT = "DIT_SUPERVISOR"  # environment: the supervisor's process id, for end_with_supervisor()
@@ -274,7 +275,7 @@ def _check_port(host: str, port: int) -> None:
 
 def _check_redis(url: str, password: str | None) -> None:
     try:
-        with Redis.from_url(url, password=password, protocol=2, socket_timeout=5) as client:
+        with connect(url, password=password, protocol=2, socket_timeout=5) as client:
             client.ping()
     except (RedisError, OSError, ValueError) as error:
         raise StartError(f"the Redis of DIT_REDIS_URL does not answer: {error}") from error

@@ -6,13 +6,10 @@ from importlib import resources
 from pathlib import Path
 
 from fastapi import FastAPI
-from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
 from starlette.staticfiles import StaticFiles
 
 from app import middleware, problems
 from app.auth import KeyFile
-from app.connections import Pool
 from app.jobs import CONNECTION, JobStore
 from app.limits import RateLimiter
 from app.metrics import Metrics
@@ -21,6 +18,7 @@ from app.schemas import ProblemView
 from app.seen import Seen
 from app.settings import Settings
 from app.watchers import Watchers
+from worker.connect import connect, connect_async
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -30,9 +28,11 @@ def create_app(settings: Settings) -> FastAPI:
     url, options = settings.redis_url, {**CONNECTION, "password": settings.redis_password}
     keys = None if settings.api_keys_file is None else KeyFile(settings.api_keys_file)
 
+    sync = connect(url, **options)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sync, connection = Redis.from_url(url, **options), AsyncRedis.from_pool(Pool.from_url(url, **options))
+        connection = connect_async(url, **options)
         app.state.jobs = JobStore(
             sync,
             connection,

@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 
 from app.embedded import EmbeddedServer
 from worker import protocol
+from worker.connect import connect
 from worker.protocol import FINAL, ModelRecord
 
 _AT_ONCE = 1000  # records asked for in one round trip
@@ -42,7 +43,7 @@ def open_redis(redis_url: str | None, data: Path, password: str | None = None) -
     embedded = EmbeddedServer(data)
     if redis_url is None and not embedded.socket.exists():
         return None
-    return Redis.from_url(redis_url or embedded.url, password=password, protocol=2, socket_timeout=5)
+    return connect(redis_url or embedded.url, password=password, protocol=2, socket_timeout=5)
 
 
 def find_usage(redis_url: str | None, data: Path, password: str | None = None) -> Usage | None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from worker import protocol, scripts
 
 log = logging.getLogger("dit.worker")
 
+CLEANERS = 10  # workers of a model that look after rq's list of workers each time; where there are fewer, all
 STUCK_AFTER_S = 10  # a job popped but not leased for this long was popped by a worker that died
 TRIED_TOO_OFTEN = f"given up: its worker died {protocol.MAX_ATTEMPTS} times"
 
@@ -23,7 +25,7 @@ class Maintenance:
     def __init__(self, connection: Redis) -> None:
         self._connection: Any = connection
         self._reap, self._unstick = connection.register_script(scripts.REAP), connection.register_script(scripts.UNSTICK)
-        self._tidy = connection.register_script(scripts.TIDY)
+        self._tidy, self._unleased = connection.register_script(scripts.TIDY), connection.register_script(scripts.UNLEASED)
         self._popped: dict[str, dict[str, float]] = {}  # by model: jobs without a lease, and when they were first seen so
 
     def clean(self, model: str, queue: Queue) -> None:
@@ -31,8 +33,14 @@ class Maintenance:
         self._requeue_stuck(model, queue)
         for registry in (FinishedJobRegistry, FailedJobRegistry):  # what has ended is forgotten here too
             registry(queue=queue).cleanup()
-        worker_registration.clean_worker_registry(queue)
+        self._forget_workers(queue)
         self._tidy()
+
+    def _forget_workers(self, queue: Queue) -> None:
+        """rq asks for each worker there is. If each of a thousand did so, Redis would do little else; so, of many, some do, by lot."""
+        count = int(self._connection.scard(worker_registration.WORKERS_BY_QUEUE_KEY % queue.name))
+        if random.random() * count < CLEANERS:
+            worker_registration.clean_worker_registry(queue)
 
     def _requeue_abandoned(self, model: str) -> None:
         done = {"status": protocol.FAILED, "error": TRIED_TOO_OFTEN}
@@ -42,10 +50,9 @@ class Maintenance:
             log.warning("job %s lost its worker; %s", job_id.decode(), what, extra={"job_id": job_id.decode()})
 
     def _requeue_stuck(self, model: str, queue: Queue) -> None:
-        waiting = {i.decode() for i in self._connection.lrange(queue.intermediate_queue_key, 0, -1)}
-        leased = {job for job, _ in queue.started_job_registry.get_job_and_execution_ids(cleanup=False)} if waiting else set()
+        unleased = {i.decode() for i in self._unleased([queue.intermediate_queue_key, queue.started_job_registry.key])}
         now, before = time.monotonic(), self._popped.get(model, {})
-        self._popped[model] = {job_id: before.get(job_id, now) for job_id in waiting - leased}
+        self._popped[model] = {job_id: before.get(job_id, now) for job_id in unleased}
         for job_id, since in self._popped[model].items():
             if now - since > STUCK_AFTER_S and self._unstick([], [model, job_id]):
                 log.warning("job %s was popped by a worker that died; it waits again", job_id, extra={"job_id": job_id})

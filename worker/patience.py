@@ -31,6 +31,7 @@ log = logging.getLogger("dit.worker")
 PATIENCE_S = 60.0
 _PAUSE_S = 0.2
 _QUICK_TIMEOUT_S = 5.0
+_PASSING = ("MISCONF", "OOM command", "READONLY", "NOREPLICAS")
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def is_trouble(error: Exception) -> bool:
     if isinstance(error, ConnectionError | TimeoutError | OSError | OutOfMemoryError | ReadOnlyError):
         return True
     text = str(error)[:500]  # what has no error class of its own, or is the reason why a transaction was discarded
-    return isinstance(error, ResponseError) and any(reason in text for reason in ("MISCONF", "OOM command", "READONLY"))
+    return isinstance(error, ResponseError) and any(reason in text for reason in _PASSING)
 
 
 class Patience(Retry):

@@ -246,6 +246,17 @@ return told
 """
 )
 
+# KEYS a queue's intermediate list, its leases. → ids of the jobs that were popped and are not leased. Each job's own lease is asked for:
+# a thousand workers may hold ten thousand leases, and each of them looks.
+UNLEASED = """#!lua flags=no-writes
+local found = {}
+for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
+  local owner = redis.call('HGET', 'dit:job:' .. id, 'execution')
+  if not owner or not redis.call('ZSCORE', KEYS[2], id .. ':' .. owner) then table.insert(found, id) end
+end
+return found
+"""
+
 # ARGV model, job id. A job that was popped and never leased waits again, also where rq has lost its record: whoever takes it ends it.
 # → 0 if it is not there any more; so twice is harmless.
 UNSTICK = (

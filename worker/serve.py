@@ -13,6 +13,7 @@ from redis.exceptions import AuthenticationError, RedisError
 
 from model.checkpoint import CheckpointConfig
 from model.samplers import available_samplers, available_spacings, max_steps
+from worker.connect import connect
 from worker.device import choose_device, choose_dtype, use_device
 from worker.engine import Engine
 from worker.load import Loader
@@ -93,7 +94,7 @@ def serve(
     """Runs until SIGTERM or SIGINT. `pulse`: the file for `dit health worker`. CheckpointError or ValueError before anything is served."""
     if pulse:
         pulse.unlink(missing_ok=True)  # a worker's of before, which would be believed while this one loads
-    redis = Redis.from_url(redis_url, password=redis_password, protocol=2)
+    redis = connect(redis_url, password=redis_password, protocol=2)
     _knock(redis)
     where = choose_device(device)
     use_device(where)

@@ -241,6 +241,8 @@ def test_a_job_can_be_canceled_while_redis_is_full(mortal_server: EmbeddedServer
 def test_only_a_server_that_refuses_is_a_503() -> None:
     disk = refusal(ResponseError("MISCONF Valkey is configured to save RDB snapshots, but it's currently unable to persist to disk."))
     assert disk and (disk.status, disk.retry_after_s) == (503, 30) and "disk" in disk.detail
+    replicas = refusal(ResponseError("NOREPLICAS Not enough good replicas to write."))
+    assert replicas and (replicas.status, replicas.kind) == (503, "redis-replicas") and "replicas" in replicas.detail
     assert refusal(ResponseError("WRONGTYPE Operation against a key")) is None
 
 

@@ -16,9 +16,9 @@ from redis import Redis
 from starlette.testclient import TestClient
 
 from app import door, watchers
-from app.connections import KEPT
 from app.problems import Problem
 from app.watchers import Watchers
+from worker.connect import KEPT
 
 OnPort = Callable[..., AbstractContextManager[int]]
 MANY = 300

@@ -95,7 +95,8 @@ def test_a_subscription_is_given_up_in_the_end(mortal: Any, client: Redis) -> No
 
 
 @pytest.mark.parametrize("way", ["call", "transaction", "pipeline", "script"])
-def test_a_call_waits_for_memory(client: Redis, admin: Redis, way: str) -> None:
+@pytest.mark.parametrize(("setting", "wrong"), [("maxmemory", 1), ("min-replicas-to-write", 1)])
+def test_a_call_waits_for_memory_and_for_replicas(client: Redis, admin: Redis, way: str, setting: str, wrong: int) -> None:
     def call() -> Any:
         if way == "call":
             return client.set("a", "1")
@@ -104,8 +105,8 @@ def test_a_call_waits_for_memory(client: Redis, admin: Redis, way: str) -> None:
         with client.pipeline(transaction=way == "transaction") as pipeline:
             return pipeline.set("a", "1").execute()
 
-    admin.config_set("maxmemory", 1)
-    mended_meanwhile(call, lambda: admin.config_set("maxmemory", 0))
+    admin.config_set(setting, wrong)
+    mended_meanwhile(call, lambda: admin.config_set(setting, 0))
     assert admin.get("a") == b"1"
 
 

@@ -531,6 +531,20 @@ def test_maintenance_forgets_what_ended_long_ago(redis: Redis, jobs: Any, worker
     assert not redis.exists(*sets, "rq:workers:dit-tiny")
 
 
+def test_the_dead_leave_the_list_of_workers_however_many_there_are(
+    redis: Redis, jobs: Any, worker: DiTWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of many workers looks now and then, so that Redis is not asked for every one by every one."""
+    redis.sadd("rq:workers:dit-tiny", *(f"rq:worker:dead-{number}" for number in range(10 * maintenance.CLEANERS)))
+    lots = iter([0.9, 0.5, 0.1, 0.09])
+    monkeypatch.setattr(maintenance.random, "random", lambda: next(lots))
+    for _ in range(3):
+        worker.clean_registries()
+        assert redis.scard("rq:workers:dit-tiny") == 10 * maintenance.CLEANERS
+    worker.clean_registries()
+    assert not redis.exists("rq:workers:dit-tiny")
+
+
 def test_two_cleaners_at_once_requeue_each_job_once(
     redis: Redis, jobs: Any, make_worker: MakeWorker, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
