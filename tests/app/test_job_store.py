@@ -11,10 +11,9 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import ResponseError
 
-from app.admission import refusal
 from app.embedded import EmbeddedServer
 from app.jobs import CONNECTION, JobStore, id_time, new_id
-from app.problems import Problem
+from app.problems import Problem, refusal
 from app.routes.jobs import _lines
 from worker import protocol
 from worker.protocol import GenerationRequest
