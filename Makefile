@@ -1,14 +1,15 @@
-# make run · make test · make check · make bench · make chaos · make clean        needs Python >= 3.11 with venv and pip
+# make run · make test · make check · make docs · make bench · make chaos · make clean        needs Python >= 3.11 with venv and pip
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench chaos clean
+.PHONY: help run test check docs bench chaos clean
 
 help:
 	@echo "make run    set up and start everything on this machine; prints the URL"
 	@echo "make test   set up and run every test"
 	@echo "make check  format, lint, types, import rules"
+	@echo "make docs   docs/api.md, from the API's own description"
 	@echo "make bench  pictures/s beside diffusers' DiTPipeline, overhead, and serving beside stock rq workers (about an hour)"
 	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 3 minutes)"
 	@echo "make clean  remove what was set up (not .dit, which holds queued jobs)"
@@ -41,6 +42,9 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/python -m app.apidoc > docs/api.md
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/sampling.py

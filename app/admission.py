@@ -10,12 +10,12 @@ from typing import Any
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.client import Pipeline
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import ResponseError
 from rq import Queue, Retry
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app.problems import Problem
+from app.problems import Problem, refusal
 from worker import protocol
 from worker.protocol import GenerationRequest
 
@@ -197,17 +197,3 @@ def enqueue(pipeline: Pipeline, queue: Queue, job_id: str, request: GenerationRe
     pipeline.lpush(bell, "1")
     pipeline.ltrim(bell, 0, protocol.BELL_RINGS - 1)
     pipeline.expire(bell, protocol.BELL_TTL_S)
-
-
-def refusal(error: ResponseError) -> Problem | None:
-    """Why a Redis that is there takes nothing."""
-    if isinstance(error, OutOfMemoryError):
-        detail = "the queue (Redis) is out of memory; try again when results have expired"
-        return Problem(503, detail, kind="redis-full", retry_after_s=30)
-    if "MISCONF" in str(error):
-        detail = "the queue (Redis) cannot write its disk; try again when that is mended"
-        return Problem(503, detail, kind="redis-disk", retry_after_s=30)
-    if "NOREPLICAS" in str(error):
-        detail = "the queue (Redis) takes nothing while too few replicas follow it; try again when they do"
-        return Problem(503, detail, kind="redis-replicas", retry_after_s=5)
-    return None

@@ -8,13 +8,12 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from app import middleware, problems
+from app import middleware, openapi, problems
 from app.auth import KeyFile
 from app.jobs import CONNECTION, JobStore
 from app.limits import RateLimiter
 from app.metrics import Metrics
 from app.routes import generate, jobs, models, queues, system
-from app.schemas import ProblemView
 from app.seen import Seen
 from app.settings import Settings
 from app.watchers import Watchers
@@ -50,6 +49,8 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Class-conditional image generation with a Diffusion Transformer, as a service",
         version="0.1.0",
         lifespan=lifespan,
+        openapi_tags=openapi.TAGS,
+        generate_unique_id_function=lambda route: route.name,
         docs_url=None,
         redoc_url=None,
     )
@@ -59,7 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router)
     app.mount("/static/swagger", StaticFiles(directory=swagger_folder()), name="swagger")
     app.mount("/static", StaticFiles(directory=system.STATIC), name="static")
-    _describe_problems(app)
+    openapi.install(app, keyed=keys is not None)
     _watch(app, Metrics(settings.queue_limit, settings.image_bytes))
     return app
 
@@ -74,15 +75,3 @@ def _watch(app: FastAPI, metrics: Metrics) -> None:
 def swagger_folder() -> Path:
     """Swagger UI's files, which come inside a package: `/docs` works without a network."""
     return Path(str(resources.files("fastapi_swagger"))) / "resources"
-
-
-def _describe_problems(app: FastAPI) -> None:
-    """Put the problem document into OpenAPI, where routes refer to it."""
-    make = app.openapi
-
-    def openapi() -> dict[str, object]:
-        schema = make()
-        schema["components"]["schemas"].setdefault("ProblemView", ProblemView.model_json_schema())
-        return schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

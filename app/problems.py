@@ -4,44 +4,22 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Mount
+from starlette.types import Scope
+
+from app.kinds import DEFAULTS, KINDS, TITLES, TYPE
 
 log = logging.getLogger("dit.api")
 
 MEDIA_TYPE = "application/problem+json"
-_TITLES = {
-    401: "Key needed",
-    403: "Not allowed",
-    404: "Not found",
-    405: "Method not allowed",
-    409: "Conflict",
-    410: "Gone",
-    413: "Body too large",
-    422: "Invalid request",
-    429: "Too many requests",
-    500: "Internal error",
-    503: "Not available",
-}
-# The last part of a problem's type, where nothing more exact is said.
-_KINDS = {
-    401: "key-needed",
-    403: "not-allowed",
-    404: "not-found",
-    405: "method-not-allowed",
-    409: "conflict",
-    410: "expired",
-    413: "body-too-large",
-    422: "invalid-request",
-    429: "too-many",
-    500: "internal",
-    503: "not-available",
-}
-_TYPE = "urn:dit:problem:"
 _MESSAGES = {"extra_forbidden": "is not a field of this request", "missing": "lacks an item"}  # in place of pydantic's
+_VERBS, _FILE_VERBS = ("DELETE", "GET", "HEAD", "POST"), ("GET", "HEAD")
 _SHOWN_INPUT = 80  # characters of a wrong value that are repeated
 
 
@@ -58,11 +36,12 @@ class Problem(Exception):
         retry_after_s: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`kind`: what a program may tell it by, the end of its type; by default what the status says."""
+        """`kind`: one of app/kinds.py; by default what the status says."""
         super().__init__(detail)
         self.status, self.detail, self.errors = status, detail, list(errors)
         self.retry_after_s, self.headers = retry_after_s, dict(headers or {})
-        self.kind = kind or _KINDS.get(status, "error")
+        self.kind = kind or DEFAULTS[status]
+        assert KINDS[self.kind].status == status
 
 
 def field_error(field: str, got: Any, allowed: str) -> dict[str, str]:
@@ -86,13 +65,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_INPUT else text[:_SHOWN_INPUT] + "…"
 
 
-def response(problem: Problem, instance: str) -> Response:
+def response(problem: Problem, path: str) -> Response:
     document: dict[str, Any] = {
-        "type": f"{_TYPE}{problem.kind}",
-        "title": _TITLES.get(problem.status, "Error"),
+        "type": f"{TYPE}{problem.kind}",
+        "title": TITLES[problem.status],
         "status": problem.status,
         "detail": problem.detail,
-        "instance": instance,
+        "instance": quote(path, errors="replace"),
     }
     if problem.status == 422:
         document["errors"] = problem.errors
@@ -107,6 +86,20 @@ def key_needed(detail: str) -> Problem:
 def redis_away(error: RedisError) -> Problem:
     log.warning("Redis: %s", error)
     return Problem(503, "the queue (Redis) does not answer; try again shortly", kind="redis-away", retry_after_s=5)
+
+
+def refusal(error: RedisError) -> Problem | None:
+    """Why a Redis that is there takes nothing."""
+    if isinstance(error, OutOfMemoryError):
+        detail = "the queue (Redis) is out of memory; try again when results have expired"
+        return Problem(503, detail, kind="redis-full", retry_after_s=30)
+    if "MISCONF" in str(error):
+        detail = "the queue (Redis) cannot write its disk; try again when that is mended"
+        return Problem(503, detail, kind="redis-disk", retry_after_s=30)
+    if "NOREPLICAS" in str(error):
+        detail = "the queue (Redis) takes nothing while too few replicas follow it; try again when they do"
+        return Problem(503, detail, kind="redis-replicas", retry_after_s=5)
+    return None
 
 
 def _validation(error: RequestValidationError) -> Problem:
@@ -142,27 +135,49 @@ def _closeness(item: dict[str, Any]) -> tuple[bool, int]:
     return not item["type"].endswith("_type"), len(item["loc"])
 
 
+def _http(error: HTTPException, request: Request) -> Problem:
+    """What the framework refuses by itself."""
+    if error.status_code == 400:  # a body that no JSON parser takes: too deep, digits without end
+        return invalid([{"field": "body", "detail": "must be JSON of moderate depth and size"}])
+    if error.status_code == 404:
+        return Problem(404, "there is nothing at this path; /docs has all there is")
+    if error.status_code == 405:
+        allowed = ", ".join(_methods(request))
+        detail = f"{request.method[:20]} is not allowed here; allowed is {allowed}"
+        return Problem(405, detail, headers={"Allow": allowed})
+    return Problem(error.status_code, str(error.detail), headers=error.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Of all routes at this path: the framework tells those of the first alone."""
+    scope = {**request.scope, "root_path": request.scope.get("app_root_path", "")}  # a folder of files has put its own there
+    told = [(route, [verb for verb in _VERBS if _takes(route, {**scope, "method": verb})]) for route in request.app.routes]
+    return sorted({verb for route, verbs in told for verb in verbs if verb in _FILE_VERBS or not isinstance(route, Mount)})
+
+
+def _takes(route: BaseRoute, scope: Scope) -> bool:
+    return route.matches(scope)[0] is Match.FULL
+
+
 def install(app: FastAPI) -> None:
     """Every error of the application leaves as a problem document."""
 
     @app.exception_handler(Problem)
     async def problem(request: Request, error: Problem) -> Response:
-        return response(error, request.url.path)
+        return response(error, request.scope["path"])
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
-        return response(_validation(error), request.url.path)
+        return response(_validation(error), request.scope["path"])
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # a body that no JSON parser takes: too deep, digits without end
-            return response(invalid([{"field": "body", "detail": "must be JSON of moderate depth and size"}]), request.url.path)
-        return response(Problem(error.status_code, str(error.detail), headers=error.headers), request.url.path)
+        return response(_http(error, request), request.scope["path"])
 
     @app.exception_handler(RedisError)
     async def redis(request: Request, error: RedisError) -> Response:
-        return response(redis_away(error), request.url.path)
+        return response(refusal(error) or redis_away(error), request.scope["path"])
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        return response(Problem(500, "an unexpected error; the server's log has it"), request.url.path)
+        return response(Problem(500, "an unexpected error; the server's log has it"), request.scope["path"])

@@ -2,31 +2,43 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
 MAX_IMAGES = 64
 MAX_SHIFT = 100
 MAX_BLOCK_CACHE = 8
 MAX_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
-ClassLabel = StrictInt | Annotated[StrictStr, Field(max_length=200)] | None
-Fraction = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)]
+ClassLabel = Annotated[StrictInt, Field(json_schema_extra={"minimum": 0})] | Annotated[StrictStr, Field(max_length=200)] | None
+# Their schemas are said in full, since pydantic's of a union has no words for bounds that JSON Schema knows.
+Fraction = Annotated[
+    StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False), WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})
+]
+GuidanceScale = Annotated[
+    StrictFloat | StrictInt, Field(ge=1, le=20, allow_inf_nan=False), WithJsonSchema({"type": "number", "minimum": 1, "maximum": 20})
+]
+Shift = Annotated[
+    StrictFloat | StrictInt,
+    Field(gt=0, le=MAX_SHIFT, allow_inf_nan=False),
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SHIFT}),
+]
+
+
+Status = Literal["queued", "running", "succeeded", "failed", "canceling", "canceled"]
+Address = Annotated[str, Field(json_schema_extra={"format": "uri-reference"})]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Of the PNG.")]
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 class GenerateRequest(BaseModel):
     """`POST /generate`. Everything but the class has a default of the model's."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"class_label": "Sneaker", "guidance_scale": 2.0, "steps": 30, "seed": 7}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     class_label: ClassLabel | Annotated[list[ClassLabel], Field(min_length=1, max_length=MAX_IMAGES)] = Field(
         description="An index, a name, null for an unconditional picture, or a list of up to 64 of these, one picture each."
     )
-    guidance_scale: Annotated[StrictFloat | StrictInt, Field(ge=1, le=20, allow_inf_nan=False)] | None = Field(
-        default=None, description="Strength of classifier-free guidance; 1 is none."
-    )
+    guidance_scale: GuidanceScale | None = Field(default=None, description="Strength of classifier-free guidance; 1 is none.")
     guidance_interval: tuple[Fraction, Fraction] | None = Field(
         default=None, description="Guide only while t/T is in [low, high]; 0 is clean, 1 is noise."
     )
@@ -39,9 +51,7 @@ class GenerateRequest(BaseModel):
         default=None, description="Where a diffusion model is evaluated: one of the model's spacings."
     )
     eta: Fraction | None = Field(default=None, description="Noise that the sampler ddim adds: 0 none, 1 as much as ddpm.")
-    shift: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_SHIFT, allow_inf_nan=False)] | None = Field(
-        default=None, description="Moves a flow model's times towards noise; 1 leaves them equal."
-    )
+    shift: Shift | None = Field(default=None, description="Moves a flow model's times towards noise; 1 leaves them equal.")
     guidance_channels: Literal["all", "first-three"] | None = Field(
         default=None, description="Latent channels that guidance moves; the official DiT code moves the first three."
     )
@@ -62,36 +72,67 @@ class GenerateRequest(BaseModel):
     )
 
 
-class Progress(BaseModel):
-    step: int
+class ResolvedRequest(BaseModel):
+    """A request with every default resolved, in the words of `POST /generate`: it can be posted again as it is."""
+
+    class_label: int | list[int | None] | None = Field(description="Class indices; null is unconditional.")
+    num_images: int | None = Field(default=None, description="Absent where `class_label` is a list.")
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    guidance_channels: str
+    guidance_rescale: float
+    block_cache: int | None = Field(default=None, description="Absent where there is none.")
     steps: int
+    sampler: str
+    spacing: str | None = Field(default=None, description="Of a diffusion model, as `eta`; else absent.")
+    eta: float | None = None
+    shift: float | None = Field(default=None, description="Of a flow model; else absent.")
+    seed: int
+    model: str
+
+
+class Progress(BaseModel):
+    """Sampling steps done, averaged over the pictures of the job."""
+
+    step: int = Field(ge=0)
+    steps: int = Field(ge=1)
 
 
 class ImageInfo(BaseModel):
-    url: str
+    """A finished picture."""
+
+    url: Address
     seed: int
-    sha256: str
+    sha256: Sha256
+
+
+class Links(BaseModel):
+    """Where the rest of the job is."""
+
+    self: Address
+    events: Address
+    grid: Address = Field(description="All pictures as one, once it has succeeded.")
 
 
 class JobView(BaseModel):
     """`GET /jobs/{id}`."""
 
     id: str
-    status: Literal["queued", "running", "succeeded", "failed", "canceling", "canceled"]
+    status: Status
     queue_position: int | None = Field(description="Jobs before this one; null once it has left the queue.")
     estimated_wait_s: float | None = Field(
         description="Seconds until it starts, about, from the work before it and the workers' measured pace. Null once it has left the "
         "queue, where no pace is known, and in lists."
     )
     progress: Progress
-    request: dict[str, Any] = Field(description="The request with every default resolved.")
-    images: list[ImageInfo]
-    checkpoint: str
-    error: str | None
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    links: dict[str, str]
+    request: ResolvedRequest
+    images: list[ImageInfo] = Field(description="Once it has succeeded; its events tell each before that.")
+    checkpoint: str = Field(description="Hash of the checkpoint that makes its pictures.")
+    error: str | None = Field(description="Why it failed.")
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
+    links: Links
 
 
 class JobList(BaseModel):
@@ -146,12 +187,32 @@ class ModelList(BaseModel):
     models: list[ModelView]
 
 
-class ProblemView(BaseModel):
-    """RFC 9457; `errors` for 422."""
+class Health(BaseModel):
+    """`GET /healthz`."""
 
-    type: str
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """`GET /readyz`."""
+
+    status: Literal["ready"]
+    models: list[str] = Field(min_length=1, description="Those of which a picture could be made now.")
+
+
+class FieldProblem(BaseModel):
+    """One wrong field of a request."""
+
+    field: str = Field(description="Its name; `body` for the body as a whole.")
+    detail: str = Field(description="What is allowed there, and what it was.")
+
+
+class ProblemView(BaseModel):
+    """RFC 9457. `type` and `status` are for programs, `detail` is for people."""
+
+    type: str = Field(description="`urn:dit:problem:<kind>`", pattern="^urn:dit:problem:[a-z-]+$")
     title: str
-    status: int
+    status: int = Field(ge=400, le=599)
     detail: str
-    instance: str
-    errors: list[dict[str, str]] | None = None
+    instance: Address = Field(description="The path of the call.")
+    errors: list[FieldProblem] | None = Field(default=None, description="Of a 422.")

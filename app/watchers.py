@@ -27,12 +27,12 @@ class Watchers:
         free = self.most - self._by_owner.total()
         if free <= 0:
             detail = f"{self.most} event streams are open or requests wait here, and no more may; ask for the job itself meanwhile"
-            return Problem(503, detail, kind="too-many-watchers", retry_after_s=5)
+            return Problem(503, detail, kind="streams-full", retry_after_s=5)
         if owner and self._by_owner[owner] >= free:
             detail = (
                 f"key {owner} has {self._by_owner[owner]} event streams open or requests waiting here, and {free} places are left for all"
             )
-            return Problem(429, detail, kind="too-many-watchers", retry_after_s=5)
+            return Problem(429, detail, kind="too-many-streams", retry_after_s=5)
         return None
 
     @contextmanager

@@ -3,14 +3,13 @@
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.auth import ADMIN, GENERATE, Caller
 from app.jobs import JobStore
 from app.metrics import Metrics
 from app.problems import Problem
-from app.schemas import ProblemView
 from app.watchers import Watchers
 
 
@@ -22,7 +21,7 @@ async def job_store(request: Request) -> JobStore:
 Store = Annotated[JobStore, Depends(job_store)]
 
 # Tells OpenAPI, and so `/docs`, of keys; who calls was found out before (app/middleware.py).
-_BEARER = HTTPBearer(
+BEARER = HTTPBearer(
     auto_error=False, scheme_name="key", bearerFormat="dit_<id>_<secret>", description="Needed where the server has a key file."
 )
 
@@ -30,7 +29,7 @@ _BEARER = HTTPBearer(
 def needs(scope: str) -> Callable[..., Awaitable[Caller]]:
     """A dependency that gives the caller; 403 for one who has neither this scope nor is an admin."""
 
-    async def caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> Caller:
+    async def caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER, scopes=[scope])]) -> Caller:
         found: Caller = request.state.caller
         if not found.may(scope):
             wanted = ADMIN if scope == ADMIN else f"{scope} or {ADMIN}"
@@ -68,14 +67,3 @@ AllWatchers = Annotated[Watchers, Depends(watchers)]
 
 
 admin_only = needs(ADMIN)  # whoever may stop a queue for everybody
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """The problem documents that a route may answer with, for OpenAPI."""
-    content = {"application/problem+json": {"schema": {"$ref": f"#/components/schemas/{ProblemView.__name__}"}}}
-    return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}
-
-
-def keyed_problems(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """Of a route that needs a key: these too."""
-    return problems(401, 403, 429, *statuses)

@@ -5,18 +5,21 @@ import json
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Body, Header, Query, Response
 from fastapi.responses import JSONResponse
 
+from app import examples
 from app.admission import picture_bytes
 from app.jobs import Key
+from app.openapi import PNG, Responses, job_links, json_of, keyed_problems, told
 from app.problems import Problem, key_needed
 from app.resolve import choose_model, resolve
-from app.routes.dependencies import AllWatchers, GenerateCaller, KeyHolds, Store, keyed_problems
+from app.routes.dependencies import AllWatchers, GenerateCaller, KeyHolds, Store
+from app.routes.strict import StrictRoute
 from app.schemas import GenerateRequest, JobView
 from worker import protocol
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=StrictRoute)
 
 MAX_WAIT_S = 60
 
@@ -30,17 +33,49 @@ def preferred_wait(prefer: str | None) -> int:
     return 0
 
 
-@router.post(
-    "/generate",
-    status_code=202,
-    response_model=JobView,
-    responses={
-        200: {"model": JobView, "content": {"image/png": {}}, "description": "Ended within `Prefer: wait`."},
-        **keyed_problems(409, 413, 422, 503),
-    },
+_REFUSALS = keyed_problems(
+    "not-succeeded",
+    "body-too-large",
+    "invalid-request",
+    "idempotency-key-reused",
+    "queue-full",
+    "too-many-jobs",
+    "storage-full",
+    "no-worker",
+    "draining",
+    "redis-away",
+    "redis-full",
+    "redis-disk",
+    "redis-replicas",
 )
+_ANSWERS: Responses = {
+    202: {
+        **told(
+            "The job waits or runs: it has not ended within the time of `Prefer`.",
+            json_of("queued"),
+            "Location",
+            "Preference-Applied",
+        ),
+        "links": job_links(),
+    },
+    200: {
+        **told(
+            "The job has ended within the time of `Prefer`. With `Accept: image/png`, and one picture, it is the picture.",
+            {**json_of("succeeded", "failed"), **PNG},
+            "Location",
+            "Preference-Applied",
+            "Content-Location",
+            "ETag",
+        ),
+        "model": JobView,
+        "links": job_links(),
+    },
+}
+
+
+@router.post("/generate", status_code=202, response_model=JobView, responses={**_ANSWERS, **_REFUSALS})
 async def generate(
-    body: GenerateRequest,
+    body: Annotated[GenerateRequest, Body(openapi_examples=examples.REQUESTS)],
     store: Store,
     caller: GenerateCaller,
     key_holds: KeyHolds,
@@ -48,13 +83,21 @@ async def generate(
     previews: Annotated[
         bool, Query(description="Tell what the pictures look like on their way, as events `preview`: four times each.")
     ] = False,
-    prefer: Annotated[str | None, Header()] = None,
-    accept: Annotated[str | None, Header()] = None,
+    prefer: Annotated[
+        str | None,
+        Header(description="`wait=N`: answer when the job has ended, or after N seconds, of at most 60 (RFC 7240).", examples=["wait=30"]),
+    ] = None,
+    accept: Annotated[str | None, Header(include_in_schema=False)] = None,  # OpenAPI has another place for it: the answers
     idempotency_key: Annotated[
-        str | None, Header(max_length=255, description="Any text: an equal request with an equal key is answered with the same job.")
+        str | None,
+        Header(
+            max_length=255,
+            description="Any text: an equal request with an equal key is answered with the same job.",
+            examples=["3f0c8a52-6f4e-4f0e-9d1c-5a1f1f6f2c11"],
+        ),
     ] = None,
 ) -> Response:
-    """Queue a job. With `Prefer: wait=N` and `Accept: image/png`, a job of one image answers with the picture itself."""
+    """Queue a job, and wait for it if asked to. With `Accept: image/png` besides, a job of one picture answers with the picture itself."""
     key = Key(idempotency_key, fingerprint(body, previews)) if idempotency_key is not None else None
     job_id = await store.made_before(key, caller.id) if key else None
     if job_id is None:

@@ -2,34 +2,35 @@
 
 from pathlib import Path
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from redis.exceptions import ResponseError
 
-from app.admission import refusal
+from app.openapi import json_of, problems, told
 from app.problems import Problem
 from app.queues import LOOK_FOR_ROOM, QueueState, states
-from app.routes.dependencies import ProcessMetrics, Store, problems
+from app.routes.dependencies import BEARER, ProcessMetrics, Store
+from app.schemas import Health, Readiness
 
 router = APIRouter(tags=["system"])
 
 STATIC = Path(__file__).parent.parent / "static"
 
 
-@router.get("/healthz")
+@router.get("/healthz", response_model=Health, responses={200: told("It does.", json_of("healthy")), **problems()})
 async def healthz() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
-@router.get("/readyz", responses=problems(503))
+@router.get(
+    "/readyz",
+    response_model=Readiness,
+    responses={200: told("It could.", json_of("ready")), **problems("redis-away", "redis-full", "redis-disk", "not-ready")},
+)
 async def readyz(store: Store) -> dict[str, object]:
     """A picture could be made now: Redis takes writes, and a living worker serves a model whose queue is open."""
-    try:
-        queues = states(await store.redis.eval(LOOK_FOR_ROOM, 0))
-    except ResponseError as error:
-        raise refusal(error) or error from error
+    queues = states(await store.redis.eval(LOOK_FOR_ROOM, 0))
     ready = [queue.model for queue in queues if queue.ready]
     if not ready:
         raise Problem(503, why_not(queues), kind="not-ready", retry_after_s=5)
@@ -43,7 +44,15 @@ def why_not(queues: list[QueueState]) -> str:
     return "; ".join(reasons) or "no worker serves a model at the moment"
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    dependencies=[Depends(BEARER)],  # of any scope
+    responses={
+        200: told("Prometheus' text.", json_of("metrics", media_type="text/plain")),
+        **problems("key-needed", "rate-limit"),
+    },
+)
 async def metrics(store: Store, process: ProcessMetrics) -> Response:
     """For Prometheus; also while Redis is away."""
     return Response(await process.scrape(store.redis), media_type=CONTENT_TYPE_LATEST)

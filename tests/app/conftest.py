@@ -22,6 +22,7 @@ from app.embedded import EmbeddedServer
 from app.keys import create_key
 from app.main import create_app
 from app.settings import Settings
+from tests.app.described import FAULTS, watch
 from worker import protocol
 from worker.protocol import ModelRecord
 from worker.results import JobResults
@@ -47,7 +48,15 @@ RECORD = ModelRecord(
 
 def app_over(server: EmbeddedServer, **changes: Any) -> FastAPI:
     """The application with these settings, whatever the shell's DIT_* are."""
-    return create_app(Settings(_env_file=None, **{"redis_url": server.url, "queue_limit": 1000, "result_ttl": 600, **changes}))
+    return watch(create_app(Settings(_env_file=None, **{"redis_url": server.url, "queue_limit": 1000, "result_ttl": 600, **changes})))
+
+
+@pytest.fixture(autouse=True)
+def described() -> Iterator[None]:
+    """What the test's answers were is what the API's description says."""
+    FAULTS.clear()
+    yield
+    assert FAULTS == []
 
 
 @pytest.fixture(scope="session")

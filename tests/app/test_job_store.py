@@ -11,15 +11,19 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import ResponseError
 
-from app.admission import refusal
 from app.embedded import EmbeddedServer
 from app.jobs import CONNECTION, JobStore, id_time, new_id
-from app.problems import Problem
+from app.problems import Problem, refusal
 from app.routes.jobs import _lines
 from worker import protocol
 from worker.protocol import GenerationRequest
 
 REQUEST = GenerationRequest("tiny", (0,), 2.0, (0.0, 1.0), 10, "euler", 7)
+
+
+def always() -> bool:
+    """Of a key that goes on being one."""
+    return True
 
 
 def test_an_id_is_a_uuid_of_version_7_that_tells_its_time() -> None:
@@ -100,7 +104,7 @@ def test_many_callers_wait_at_once(with_store: Callable[..., Any], worker: Any) 
 
     async def watch(store: JobStore) -> None:
         job_id = await store.submit(REQUEST, "c" * 64)
-        waiting = [asyncio.create_task(store.wait(job_id, 30)) for _ in range(150)]
+        waiting = [asyncio.create_task(store.wait(job_id, 30, always)) for _ in range(150)]
         await asyncio.sleep(0.2)
         assert (await store.get(job_id))["status"] == "queued"
         await asyncio.to_thread(lambda: worker.succeed(worker.take(job_id)))
@@ -112,9 +116,9 @@ def test_many_callers_wait_at_once(with_store: Callable[..., Any], worker: Any) 
 def test_waiting_ends_with_the_time_or_the_job(with_store: Callable[..., Any], worker: Any) -> None:
     async def watch(store: JobStore) -> None:
         job_id = await store.submit(REQUEST, "c" * 64)
-        assert not await store.wait(job_id, 0.1)
+        assert not await store.wait(job_id, 0.1, always)
         await store.cancel(job_id)
-        assert await store.wait(job_id, 10)
+        assert await store.wait(job_id, 10, always)
 
     with_store(watch)
 
@@ -126,7 +130,7 @@ def test_the_stream_of_events_ends_when_redis_goes_away(mortal_server: EmbeddedS
         connection = AsyncRedis.from_url(mortal_server.url, **CONNECTION)
         with Redis.from_url(mortal_server.url, **CONNECTION) as sync:
             store = JobStore(sync, connection, queue_limit=100, result_ttl_s=600)
-            lines = _lines(store, await store.submit(REQUEST, "c" * 64), "0")
+            lines = _lines(store, await store.submit(REQUEST, "c" * 64), "0", always)
             assert "event: queued" in await anext(lines)
             await asyncio.to_thread(mortal_server.stop)
             assert [line async for line in lines if not line.startswith(":")] == []

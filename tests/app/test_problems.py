@@ -218,12 +218,20 @@ def test_what_a_models_objective_cannot_do_is_told_with_what_it_can(bare_client:
         b'{"class_label": 0, "\\ud800": 1}',
         b'{"class_label": 0, "\\u0000": "\\u0000"}',
         b'{"class_label": "\\u0000"}',
+        b'{"class_label": 0, "class_label": 0}',
+        b'{"class_label": 0, "seed": 1, "s\\u0065ed": 2}',
+        b'{"class_label": {"a": 1, "a": 1}}',
     ],
     ids=lambda body: repr(body[:32]),
 )
 def test_a_body_that_is_no_request_is_422(client: TestClient, body: bytes) -> None:
     document = problem_of(client.post("/generate", content=body, headers={"Content-Type": "application/json"}), 422)
     assert document["errors"] and all(error["detail"] for error in document["errors"]) and len(document["detail"]) < 2000
+
+
+def test_a_name_that_is_there_twice_is_named(client: TestClient) -> None:
+    answer = client.post("/generate", content=b'{"class_label": 0, "seed": 1, "seed": 2}', headers={"Content-Type": "application/json"})
+    assert problem_of(answer, 422)["errors"] == [{"field": "body", "detail": 'must be JSON: an object has "seed" twice'}]
 
 
 @pytest.mark.parametrize("depth", range(20, 1020, 20))
@@ -294,8 +302,29 @@ def test_an_unknown_path_is_404(client: TestClient) -> None:
 
 def test_a_wrong_method_is_405_and_names_the_right_one(client: TestClient) -> None:
     answer = client.get("/generate")
-    problem_of(answer, 405)
+    assert problem_of(answer, 405)["detail"] == "GET is not allowed here; allowed is POST"
     assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("OPTIONS", "/jobs/nothing", "DELETE, GET"),  # two routes, of which the framework tells the first
+        ("TRACE", "/jobs", "GET"),
+        ("QUERY", "/queues/tiny/pause", "POST"),
+        ("PUT", "/openapi.json", "GET, HEAD"),
+        ("POST", "/static/page.js", "GET, HEAD"),
+        ("DELETE", "/static/generate", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_told_all_that_there_are(client: TestClient, method: str, path: str, allowed: str) -> None:
+    answer = client.request(method, path)
+    problem_of(answer, 405)
+    assert answer.headers["allow"] == allowed
+
+
+def test_a_path_of_odd_characters_is_told_as_it_was_sent(client: TestClient) -> None:
+    assert client.get("/x%00%0a/%C3%BC%3F").json()["instance"] == "/x%00%0A/%C3%BC%3F"
 
 
 def test_without_a_worker_a_request_is_503_with_a_time_to_come_back(bare_client: TestClient) -> None:

@@ -3,10 +3,9 @@
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -96,72 +95,3 @@ def test_the_documentation_comes_from_here(client: TestClient) -> None:
     assert addresses(page.text)
     for path in addresses(page.text):
         assert path.startswith("/") and client.get(path).status_code == 200, path
-
-
-# --- OpenAPI -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def document(client: TestClient) -> dict[str, Any]:
-    return dict(client.get("/openapi.json").json())
-
-
-def parts(node: Any) -> Iterator[dict[str, Any]]:
-    """Every object inside a document."""
-    if isinstance(node, dict):
-        yield node
-    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from parts(inner)
-
-
-def test_every_reference_of_the_api_description_resolves(document: dict[str, Any]) -> None:
-    references = {part["$ref"] for part in parts(document) if isinstance(part.get("$ref"), str)}
-    assert "#/components/schemas/ProblemView" in references
-    for reference in references:
-        node: Any = document
-        for key in reference.removeprefix("#/").split("/"):
-            node = node[key]
-
-
-def test_the_api_description_says_what_is_served(document: dict[str, Any]) -> None:
-    assert document["openapi"].startswith("3.1")
-    calls = {(verb, path) for path, verbs in document["paths"].items() for verb in verbs}
-    assert calls == {
-        ("post", "/generate"),
-        ("get", "/jobs"),
-        ("get", "/jobs/{job_id}"),
-        ("get", "/jobs/{job_id}/grid"),
-        ("delete", "/jobs/{job_id}"),
-        ("get", "/jobs/{job_id}/images/{index}"),
-        ("get", "/jobs/{job_id}/events"),
-        ("get", "/models"),
-        ("get", "/models/{model_id}"),
-        ("get", "/healthz"),
-        ("get", "/readyz"),
-        ("get", "/metrics"),
-        ("get", "/queues"),
-        ("post", "/queues/{model}/pause"),
-        ("post", "/queues/{model}/drain"),
-        ("post", "/queues/{model}/resume"),
-    }
-
-
-def test_every_error_is_described_as_a_problem(document: dict[str, Any]) -> None:
-    for verbs in document["paths"].values():
-        for operation in verbs.values():
-            for status, answer in operation["responses"].items():
-                if int(status) >= 400:
-                    schema = answer["content"]["application/problem+json"]["schema"]
-                    assert schema == {"$ref": "#/components/schemas/ProblemView"} and len(answer["content"]) == 1, operation
-
-
-def test_a_problem_that_is_answered_has_the_fields_described(client: TestClient, document: dict[str, Any]) -> None:
-    schema = document["components"]["schemas"]["ProblemView"]
-    for answer in (client.get("/jobs/nothing"), client.post("/generate", json={})):
-        assert set(schema["required"]) <= set(answer.json()) <= set(schema["properties"])
-
-
-def test_the_example_of_the_description_is_a_request(client: TestClient, document: dict[str, Any], serve: Callable[..., Any]) -> None:
-    serve(labels=[["Sneaker"]])
-    for example in document["components"]["schemas"]["GenerateRequest"]["examples"]:
-        assert client.post("/generate", json=example).status_code == 202

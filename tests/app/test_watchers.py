@@ -22,7 +22,7 @@ from worker.connect import KEPT
 
 OnPort = Callable[..., AbstractContextManager[int]]
 MANY = 300
-PIECE = "x" * 100_000  # of an event
+PREVIEW = {"index": 0, "step": 1, "steps": 50, "image": "data:image/png;base64," + "x" * 100_000}
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_client_that_never_reads_is_given_up(
         with asked(port, f"/jobs/{job_id}/events", reads=False) as stalled:
             assert open_streams(port) == 1
             for _ in range(100):
-                worker.tell(job_id, "preview", {"image": PIECE})
+                worker.tell(job_id, "preview", PREVIEW)
             assert comes_to(0, lambda: open_streams(port))
             with pytest.raises(ConnectionResetError):
                 rest(stalled)
@@ -95,11 +95,11 @@ def test_a_client_that_never_reads_is_given_up(
 def test_a_slow_client_that_reads_on_loses_nothing(on_port: OnPort, submit: Callable[..., str], worker: Any) -> None:
     job_id = worker.take(submit())
     for number in range(30):
-        worker.tell(job_id, "preview", {"number": number, "image": PIECE})
+        worker.tell(job_id, "preview", {**PREVIEW, "step": number})
     worker.succeed(job_id)
     with on_port() as port, asked(port, f"/jobs/{job_id}/events", reads=False) as slow:
         told = rest(slow, pause_s=0.002)
-    assert [int(number) for number in re.findall(rb'"number": (\d+)', told)] == list(range(30)) and b"event: done" in told
+    assert [int(number) for number in re.findall(rb'"index": 0, "step": (\d+)', told)] == list(range(30)) and b"event: done" in told
 
 
 def test_a_client_that_breaks_off_leaves_nothing(on_port: OnPort, submit: Callable[..., str]) -> None:
@@ -144,7 +144,7 @@ def test_where_no_place_is_left_a_stream_is_503_a_wait_is_not_waited_and_all_els
         for _ in range(2):
             streams.enter_context(asked(port, f"/jobs/{job_id}/events"))
         refused = call(port, "GET", f"/jobs/{job_id}/events")
-        assert (refused.status_code, refused.json()["type"]) == (503, "urn:dit:problem:too-many-watchers")
+        assert (refused.status_code, refused.json()["type"]) == (503, "urn:dit:problem:streams-full")
         assert refused.headers["retry-after"] == "5" and refused.headers["content-type"] == "application/problem+json"
         unwaited = call(port, "POST", "/generate", headers={"Prefer": "wait=60"}, json={"class_label": 0})
         assert (unwaited.status_code, unwaited.json()["status"]) == (202, "queued") and "preference-applied" not in unwaited.headers
