@@ -9,93 +9,28 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model.checkpoint_config import CheckpointConfig, is_interval
 from model.config import DiTConfig, ObjectiveConfig, VAEConfig, stored
 from model.diffusion import GaussianDiffusion
 from model.dit import DiT
 from model.flow import RectifiedFlow
 from model.folders import exchange, fsync
-from model.samplers import available_samplers, available_spacings, max_steps, own_spacing
+from model.manifest import LATEST, MANIFEST, CheckpointError, file_entries, is_plain_name, read_latest, read_manifest
 from model.vae import VAE
 
 FORMAT = 1
-MANIFEST = "checkpoint.json"
 WEIGHTS = {"dit": "dit.safetensors", "vae": "vae.safetensors"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 C = TypeVar("C", DiTConfig, VAEConfig, ObjectiveConfig)
-
-
-class CheckpointError(ValueError):
-    """A folder that is not a sound checkpoint; the message names the file or key that is wrong."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Everything that `checkpoint.json` says besides its files."""
-
-    architecture: DiTConfig
-    objective: ObjectiveConfig
-    image_size: int
-    image_channels: int
-    labels: tuple[tuple[str, ...], ...]  # per class, every name it answers to
-    default_steps: int
-    default_guidance_scale: float
-    default_sampler: str
-    default_spacing: str | None = None  # of a diffusion's times with the default sampler; None is that sampler's own
-    default_guidance_interval: tuple[float, float] | None = None  # of t/T, with the default guidance scale; None is all of it
-    vae: VAEConfig | None = None
-    quality: dict[str, dict[str, Any]] = field(default_factory=dict)  # draft, standard, best → steps, sampler, guidance_scale, …
-    tuning: dict[str, Any] = field(default_factory=dict)  # what `dit tune` measured, and how
-    provenance: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if len(self.labels) != self.architecture.num_classes:
-            raise ValueError(f"{len(self.labels)} labels for {self.architecture.num_classes} classes")
-        names = [name for group in self.labels for name in group]
-        if not all(self.labels) or not all(names):
-            raise ValueError("every class needs at least one name that is not empty")
-        if self.vae and self.vae.latent_size != self.architecture.input_size:
-            raise ValueError(f"the VAE's latents are {self.vae.latent_size} wide, the DiT takes {self.architecture.input_size}")
-        if self.vae and self.vae.latent_channels != self.architecture.in_channels:
-            raise ValueError(f"the VAE's latents have {self.vae.latent_channels} channels, the DiT takes {self.architecture.in_channels}")
-        if self.vae and (self.vae.image_size, self.vae.image_channels) != (self.image_size, self.image_channels):
-            made = f"{self.vae.image_size} pixels and {self.vae.image_channels} channels"
-            raise ValueError(f"the VAE makes {made}, but image_size is {self.image_size} and image_channels {self.image_channels}")
-        known = available_samplers(self.objective, self.architecture.learn_sigma)
-        if self.default_sampler not in known:
-            raise ValueError(f"the default sampler {self.default_sampler!r} is none of this model's: {', '.join(known)}")
-        if not 1 <= self.default_steps <= max_steps(self.objective):
-            raise ValueError(f"the default steps must be between 1 and {max_steps(self.objective)}, got {self.default_steps}")
-        if self.default_spacing is not None and self.default_spacing not in available_spacings(self.objective):
-            raise ValueError(f"the default spacing {self.default_spacing!r} is none of this model's")
-        low, high = self.default_guidance_interval or (0.0, 1.0)
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"the default guidance interval must be [low, high] with 0 ≤ low ≤ high ≤ 1, got [{low}, {high}]")
-
-    def spacing_of(self, sampler: str) -> str | None:
-        """The spacing of a request that names none; None for flow."""
-        given = self.default_spacing if sampler == self.default_sampler else None
-        return given or own_spacing(self.objective, sampler)
-
-    def guidance_interval_of(self, guidance_scale: float) -> tuple[float, float]:
-        """The interval of a request that names none: the default one was chosen together with its scale."""
-        return (self.default_guidance_interval if guidance_scale == self.default_guidance_scale else None) or (0.0, 1.0)
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What a request that leaves them out gets."""
-        values = {"steps": self.default_steps, "guidance_scale": self.default_guidance_scale, "sampler": self.default_sampler}
-        spacing = {"spacing": self.default_spacing} if self.default_spacing else {}
-        interval = {"guidance_interval": list(self.default_guidance_interval)} if self.default_guidance_interval else {}
-        return {**values, **spacing, **interval}
 
 
 @dataclass
@@ -244,10 +179,10 @@ def resolve(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         return folder
-    latest = folder / "latest"
+    latest = folder / LATEST
     if latest.is_file():
-        name = latest.read_text().strip()
-        if Path(name).name == name != ".." and (folder / name / MANIFEST).is_file():
+        name = read_latest(latest)
+        if is_plain_name(name) and (folder / name / MANIFEST).is_file():
             return folder / name
         raise CheckpointError(f"{latest} names {name!r}, which is no checkpoint folder beside it")
     raise CheckpointError(f"{folder} is not a checkpoint: it has neither {MANIFEST} nor a file 'latest'")
@@ -256,41 +191,53 @@ def resolve(path: str | Path) -> Path:
 def verify(folder: Path) -> dict[str, Any]:
     """Read `checkpoint.json` and check every byte it vouches for; CheckpointError names the first file that is wrong."""
     manifest = folder / MANIFEST
-    raw = manifest.read_bytes()
+    raw, document = read_manifest(manifest)
+    if type(document.get("format")) is not int or document["format"] != FORMAT:
+        raise CheckpointError(f"{manifest} has format {ascii(document.get('format'))[:40]}; this version reads format {FORMAT}")
     try:
-        document = json.loads(raw)
-        checksum = document.pop("checksum")
+        checksum = document.pop("checksum", None)
         sound = hashlib.sha256(_canonical(document)).hexdigest() == checksum and raw == _canonical({**document, "checksum": checksum})
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:  # not a number, lone surrogates, too deep
         raise CheckpointError(f"{manifest} cannot be read: {error}") from error
-    if document.get("format") != FORMAT:
-        raise CheckpointError(f"{manifest} has format {document.get('format')!r}; this version reads format {FORMAT}")
     if not sound:
         raise CheckpointError(f"{manifest} was changed after it was written: its checksum does not fit")
-    files = document.get("files", {})
+    files = file_entries(document, manifest)
     for kind, name in WEIGHTS.items():
         if name not in files and (kind == "dit" or document.get(kind)):
             raise CheckpointError(f"{manifest} has no sha256 of {name} among its files")
     for name, entry in files.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry.bytes or _sha256(path) != entry.sha256:
             raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit")
+    _require_own_hash(document, manifest)
     return document
 
 
+def _require_own_hash(document: dict[str, Any], manifest: Path) -> None:
+    """Pictures and jobs go by it, and workers share what has the same: one that lies would be taken for another checkpoint."""
+    try:
+        identity = _identity(document)
+    except KeyError as error:
+        raise CheckpointError(f"{manifest} lacks {error}") from error
+    if document.get("hash") != identity:
+        raise CheckpointError(f"{manifest} has a hash that is not that of its content")
+
+
 def from_json(kind: type[C], values: dict[str, Any]) -> C:
-    """A configuration from its JSON form, in which tuples are lists. Raises TypeError or ValueError."""
+    """A configuration from its JSON form, in which tuples are lists. Raises TypeError, AttributeError or ValueError."""
     arguments: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return kind(**arguments)
 
 
 def _build(kind: type[C], values: dict[str, Any], where: Path) -> C:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: the fields of {kind.__name__} are no JSON object")
     known = {f.name for f in fields(kind)}
     unknown = set(values) - known
     if unknown:
-        raise CheckpointError(f"{where}: {kind.__name__} has no field {sorted(unknown)[0]!r}")
+        raise CheckpointError(f"{where}: {kind.__name__} has no field {sorted(unknown)[0][:60]!a}")
     try:
         return from_json(kind, values)
     except (TypeError, ValueError) as error:
@@ -300,8 +247,15 @@ def _build(kind: type[C], values: dict[str, Any], where: Path) -> C:
 def _interval(values: list[float] | None) -> tuple[float, float] | None:
     if values is None:
         return None
-    low, high = values
-    return float(low), float(high)
+    if not is_interval(values):
+        raise ValueError(f"the default guidance_interval must be [low, high] with 0 ≤ low ≤ high ≤ 1; got {ascii(values)[:60]}")
+    return float(values[0]), float(values[1])
+
+
+def _labels(groups: list[list[str]]) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        raise ValueError("labels must be a list of lists of names, one per class")
+    return tuple(tuple(group) for group in groups)
 
 
 def _parse(document: dict[str, Any], folder: Path) -> CheckpointConfig:
@@ -313,7 +267,7 @@ def _parse(document: dict[str, Any], folder: Path) -> CheckpointConfig:
             vae=_build(VAEConfig, document["vae"], where) if document["vae"] else None,
             image_size=document["image_size"],
             image_channels=document["image_channels"],
-            labels=tuple(tuple(group) for group in document["labels"]),
+            labels=_labels(document["labels"]),
             default_steps=document["defaults"]["steps"],
             default_guidance_scale=document["defaults"]["guidance_scale"],
             default_sampler=document["defaults"]["sampler"],
@@ -324,7 +278,7 @@ def _parse(document: dict[str, Any], folder: Path) -> CheckpointConfig:
             metrics=document["metrics"],
             tuning=document.get("tuning", {}),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error!r}") from error
 
 
@@ -347,8 +301,29 @@ def read_config(path: str | Path) -> tuple[CheckpointConfig, str]:
 M = TypeVar("M", DiT, VAE)
 
 
+def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """The library checks the header: no tensor may lie outside the file, or share its bytes with another."""
+    try:
+        state = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no sound safetensors file: {error}") from error
+    for key, value in state.items():
+        if value.dtype not in DTYPES.values():
+            raise CheckpointError(f"{path}: {key[:100]!a} is of type {str(value.dtype).removeprefix('torch.')}, not of {', '.join(DTYPES)}")
+    return state
+
+
+def _require_held(architecture: DiTConfig, path: Path) -> None:
+    """A configuration may claim any width, and its position table is made before the weights are compared. So the file must hold a part
+    of them: four of a block's matrices have D² numbers.
+    """
+    least = 4 * architecture.hidden_size**2 * architecture.depth
+    if least > path.stat().st_size:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too few for {MANIFEST}'s depth and hidden_size")
+
+
 def _load_module(module: M, path: Path, device: torch.device, dtype: torch.dtype | None) -> M:
-    state, expected = load_file(path, device=str(device)), module.state_dict()
+    state, expected = _read_weights(path, device), module.state_dict()
     for key in sorted(expected.keys() ^ state.keys()):
         raise CheckpointError(f"{path}: {'lacks' if key in expected else 'has an unknown'} key {key!r}")
     for key, value in state.items():
@@ -367,6 +342,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     """Verify and load a checkpoint folder or registry entry; dtype defaults to what is stored. Raises CheckpointError."""
     folder, document = _verified(path)
     config, where = _parse(document, folder), torch.device(device)
+    _require_held(config.architecture, folder / WEIGHTS["dit"])
     with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced at once
         empty_dit, empty_vae = DiT(config.architecture), VAE(config.vae) if config.vae else None
     dit = _load_module(empty_dit, folder / WEIGHTS["dit"], where, dtype)

@@ -4,8 +4,9 @@ A field that was added after checkpoints existed is declared with `_added(defaul
 that an older checkpoint keeps the hash by which its pictures name it.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")  # Peebles & Xie 2022, §3.2
 ADAPTIVE = ("adaln-zero", "adaln")  # those whose norms, the final one too, take scale and shift from the condition
@@ -18,6 +19,35 @@ def _added(default: Any) -> Any:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
+LARGEST_IMAGE = 1 << 13  # pixels of a side
+LONGEST_SIDE = 128  # patches: 2048 pixels in the paper's VAE and patches of 2
+# A configuration may come from a file that claims anything: more than this is a mistake or an attack, and building it would not end.
+_MOST = {"patch_size": 1 << 7, "in_channels": 1 << 10, "latent_channels": 1 << 10, "hidden_size": 1 << 16, "depth": 1 << 10}
+_MOST |= {"num_classes": 1 << 20, "image_size": LARGEST_IMAGE, "layers_per_block": 16, "num_timesteps": 100_000}
+_MOST_LEVELS, _MOST_WIDTH, _MOST_MLP_RATIO = 10, 1 << 14, 64
+
+
+def check_kind(name: str, kind: Any, value: Any) -> None:
+    """ValueError unless the value has a field's type: a dataclass takes any, and `rope = "no"` would be true. 1 will do for 1.0."""
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 1 << 53 else math.inf
+    fits = type(value) is kind and (kind is not float or math.isfinite(value))
+    if kind in _KINDS and not fits:
+        raise ValueError(f"{name} must be {_KINDS[kind]}, got {ascii(value)[:60]}")
+
+
+def _check_fields(config: Any) -> None:
+    """Types of a configuration's fields, tuples' entries too, and the most that any may be."""
+    for f in fields(config):
+        value, kinds = getattr(config, f.name), get_args(f.type)
+        _require(not kinds or isinstance(value, tuple), f"{f.name} must be a list, got {ascii(value)[:60]}")
+        for entry in value if kinds else [value]:
+            check_kind(f.name, kinds[0] if kinds else f.type, entry)
+        most = _MOST.get(f.name)
+        _require(most is None or value <= most, f"{f.name} must be at most {most}, got {ascii(value)[:60]}")
 
 
 def stored(config: Any) -> dict[str, Any]:
@@ -53,15 +83,17 @@ class DiTConfig:
     rope: bool = _added(False)  # beyond the paper: 2-D rotary positions in self-attention, besides the table
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learn_sigma", "qk_norm", "rms_norm", "swiglu", "rope"):
-            _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
+        side = self.input_size // self.patch_size
+        _require(side <= LONGEST_SIDE, f"latents of {self.input_size} in patches of {self.patch_size} are more than {LONGEST_SIDE} a side")
         _require(self.input_size % self.patch_size == 0, f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         _require(self.hidden_size % self.num_heads == 0, f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         _require(self.hidden_size % 4 == 0, f"hidden_size must be a multiple of 4 for 2-D sine-cosine positions, got {self.hidden_size}")
         _require(self.frequency_shift in (0, 1), f"frequency_shift must be 0 (official) or 1 (diffusers), got {self.frequency_shift}")
         _require(self.mlp_ratio > 0 and self.time_factor > 0, "mlp_ratio and time_factor must be positive")
+        _require(self.mlp_ratio <= _MOST_MLP_RATIO, f"mlp_ratio must be at most {_MOST_MLP_RATIO}, got {self.mlp_ratio}")
         _require(self.norm_eps > 0 and self.mlp_norm_eps > 0, "norm_eps and mlp_norm_eps must be positive")
         _require(self.block in BLOCKS, f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
         head = self.hidden_size // self.num_heads
@@ -97,12 +129,15 @@ class VAEConfig:
     latent_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         for name in ("image_size", "latent_channels", "layers_per_block", "norm_num_groups"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(len(self.block_out_channels) >= 1, "block_out_channels must name at least one level's width")
+        levels = len(self.block_out_channels)
+        _require(1 <= levels <= _MOST_LEVELS, f"block_out_channels must name the widths of 1 to {_MOST_LEVELS} levels, got {levels}")
         _require(self.image_channels in (1, 3), f"image_channels must be 1 (grey) or 3 (RGB), got {self.image_channels}")
         _require(self.image_size % self.factor == 0, f"image_size {self.image_size} is not a multiple of the VAE's factor {self.factor}")
         for width in self.block_out_channels:
+            _require(1 <= width <= _MOST_WIDTH, f"a block width must be between 1 and {_MOST_WIDTH}, got {width}")
             _require(width % self.norm_num_groups == 0, f"block width {width} is not a multiple of norm_num_groups {self.norm_num_groups}")
         for name in ("latent_mean", "latent_std"):
             given = len(getattr(self, name))
@@ -136,6 +171,7 @@ class ObjectiveConfig:
     flow_time: str = _added("logit-normal")  # flow: "logit-normal" or "uniform" times in training
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         _require(self.kind in ("diffusion", "flow"), f"objective must be 'diffusion' or 'flow', got {self.kind!r}")
         _require(self.num_timesteps >= 2, f"num_timesteps must be at least 2, got {self.num_timesteps}")
         _require(

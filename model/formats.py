@@ -18,7 +18,6 @@ from model.sources import ConversionError, Weights
 POSITIONS = "pos_embed"
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 _PATCH, _HIDDEN, _LAST = "x_embedder.proj.weight", "blocks.0.mlp.fc1.weight", "final_layer.linear.weight"
-_LONGEST_SIDE = 128  # patches: 2048 pixels in the paper's VAE and patches of 2. A configuration alone may claim any number
 
 _ONCE = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1", "final_layer.linear": "proj_out_2"}
 _COPIED = {
@@ -76,8 +75,6 @@ def architecture_of(weights: Weights, form: Format, *, side: int | None = None, 
     if form.has_positions:
         side = math.isqrt(_size(weights, POSITIONS, 3)[1]) * patch
     assert side is not None, "a format without positions has a configuration"
-    if side > _LONGEST_SIDE * patch:
-        raise ConversionError(f"{weights.path}: latents of {side} × {side} in patches of {patch} are more than {_LONGEST_SIDE} a side")
     heads = heads or preset_heads(depth, width)
     if heads is None:
         raise ConversionError(f"{weights.path}: no preset has depth {depth} and width {width}, so --heads must tell the number of heads")

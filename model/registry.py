@@ -5,7 +5,6 @@ one until all else is in place. Those who write take turns.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import MANIFEST, CheckpointError, resolve, verify
+from model.checkpoint import resolve, verify
 from model.folders import STAGED, fsync, locked, put, replace_line, staged
+from model.manifest import LATEST, MANIFEST, CheckpointError, file_entries, read_latest, read_manifest
 
-LATEST = "latest"
 _RETIRED = f".{MANIFEST}"  # of a plain folder that has become a version: names the files that are left of it
 
 
@@ -99,7 +98,7 @@ def _latest(entry: Path) -> str | None:
         return ""
     if not (entry / LATEST).is_file():
         return None
-    return (entry / LATEST).read_text(errors="replace").strip() or "?"  # an empty file names nothing that is there
+    return read_latest(entry / LATEST) or "?"  # an empty file names nothing that is there
 
 
 def _version(entry: Path, name: str, latest: str | None, thorough: bool) -> Version:
@@ -119,14 +118,11 @@ def _version(entry: Path, name: str, latest: str | None, thorough: bool) -> Vers
 
 def _manifest(path: Path) -> tuple[str, dict[str, int]]:
     """Hash and bytes per file, checked for their form only. Raises CheckpointError or OSError."""
-    try:
-        document = json.loads(path.read_bytes())
-        identity, sizes = document["hash"], {name: int(entry["bytes"]) for name, entry in document["files"].items()}
-        if not re.fullmatch(r"[0-9a-f]{64}", identity) or any(Path(name).name != name for name in sizes):
-            raise ValueError("its hash or the name of a file is none")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-    return identity, sizes
+    _, document = read_manifest(path)
+    identity = document.get("hash")
+    if not isinstance(identity, str) or not re.fullmatch(r"[0-9a-f]{64}", identity):
+        raise CheckpointError(f"{path} cannot be read: its hash is none")
+    return identity, {name: entry.bytes for name, entry in file_entries(document, path).items()}
 
 
 def _check_sizes(folder: Path, sizes: dict[str, int]) -> None:

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_dit_config() -> Callable[..., DiTConfig]:
     """`tiny_dit_config(objective="flow", **changes)`: width 32, depth 2, 8×8 latents of 4 channels, 4 classes."""
 
@@ -54,7 +54,7 @@ def tiny_dit_config() -> Callable[..., DiTConfig]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_vae_config() -> Callable[..., VAEConfig]:
     """`tiny_vae_config(**changes)`: 16×16 grey images, factor 2, 4 latent channels with statistics of their own."""
 
@@ -82,7 +82,7 @@ def randomise(module: nn.Module, generator: torch.Generator, std: float = 0.1) -
             parameter += std * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build_checkpoint(tiny_dit_config: Callable[..., DiTConfig], tiny_vae_config: Callable[..., VAEConfig]) -> Callable[..., Checkpoint]:
     """`build_checkpoint(objective="flow", image_size=16, image_channels=1, seed=0, **dit)`: the same random weights every time."""
 
@@ -112,7 +112,7 @@ def build_checkpoint(tiny_dit_config: Callable[..., DiTConfig], tiny_vae_config:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_checkpoint(build_checkpoint: Callable[..., Checkpoint]) -> Callable[..., Path]:
     """`make_checkpoint(folder, objective="flow", name="tiny", **build)` writes folder/name and returns it; folder serves as a registry."""
 

@@ -1,12 +1,11 @@
 """A recipe: one TOML file that says everything a training run needs but the data's folder."""
 
-import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from model.config import TIME_FEATURES, DiTConfig, ObjectiveConfig
+from model.config import TIME_FEATURES, DiTConfig, ObjectiveConfig, check_kind
 
 RECIPES = Path(__file__).parent / "recipes"
 _FLOW_TIME_FACTOR = 1000.0  # flow time 0…1 seen by the embedding on the scale of diffusion steps
@@ -132,14 +131,6 @@ class Recipe:
 
 
 R = TypeVar("R")
-_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
-
-
-def _check_kind(name: str, kind: Any, value: Any) -> None:
-    """TOML's types are Python's, but a dataclass takes any: `rope = "no"` would be true."""
-    fits = type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
-    if kind in _KINDS and not fits:
-        raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}")
 
 
 def _build(kind: type[R], section: str, values: dict[str, Any], path: Path, **nested: Any) -> R:
@@ -149,7 +140,7 @@ def _build(kind: type[R], section: str, values: dict[str, Any], path: Path, **ne
         raise ValueError(f"{path}: [{section}] has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
     try:
         for name, value in values.items():
-            _check_kind(name, allowed[name], value)
+            check_kind(name, allowed[name], value)
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **nested)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: [{section}] {error}") from error

@@ -1,5 +1,6 @@
 """The checkpoint folder: written whole or not at all, refused when one byte of it has changed."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -30,10 +31,12 @@ def saved(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
-    """Change `checkpoint.json` as a careful hand would: with a checksum that fits."""
+    """Change `checkpoint.json` as a careful hand would: with a hash and a checksum that fit."""
     document = json.loads((folder / "checkpoint.json").read_text())
     document.pop("checksum")
     change(document)
+    with contextlib.suppress(KeyError):  # what it is made of is missing
+        document["hash"] = module._identity(document)
     document["checksum"] = module.hashlib.sha256(module._canonical(document)).hexdigest()
     (folder / "checkpoint.json").write_bytes(module._canonical(document))
 
@@ -466,5 +469,5 @@ def test_a_default_spacing_belongs_to_the_default_sampler(build_checkpoint: Call
     settings = {"steps": 5, "guidance_scale": 1.0, "sampler": "ddim", "seeds": [3]}
     assert torch.equal(sample(loaded, [0], **settings), sample(loaded, [0], spacing="leading", **settings))
     assert not torch.equal(sample(loaded, [0], **settings), sample(loaded, [0], spacing="paper", **settings))
-    with pytest.raises(ValueError, match="default spacing 'sideways'"):
+    with pytest.raises(ValueError, match=r"default spacing must be one of this model's: paper, .*; got 'sideways'"):
         replace(checkpoint.config, default_spacing="sideways")
