@@ -15,18 +15,6 @@ from app.settings import Settings
 Lines = Iterator[str]
 
 _EVERYWHERE = ("RateLimit", "RateLimit-Policy", "X-Request-Id")  # headers that are told once, in the description
-_ANSWERS = (
-    "JobView",
-    "ResolvedRequest",
-    "Progress",
-    "ImageInfo",
-    "Links",
-    "JobList",
-    "ModelView",
-    "QueueView",
-    "ProblemView",
-    "FieldProblem",
-)
 
 
 def page(document: dict[str, Any]) -> str:
@@ -79,6 +67,7 @@ def _anchor(heading: str) -> str:
 
 
 def _calls(document: dict[str, Any]) -> Lines:
+    shown_before: set[str] = set()
     for tag in document["tags"]:
         yield f"## {tag['name'].capitalize()}"
         yield ""
@@ -86,10 +75,10 @@ def _calls(document: dict[str, Any]) -> Lines:
         yield ""
         for call, operation in _operations(document):
             if tag["name"] in operation["tags"]:
-                yield from _call(call, operation, document)
+                yield from _call(call, operation, document, shown_before)
 
 
-def _call(call: str, operation: Schema, document: dict[str, Any]) -> Lines:
+def _call(call: str, operation: Schema, document: dict[str, Any], shown_before: set[str]) -> Lines:
     yield f"### {call}"
     yield ""
     yield operation["description"]
@@ -104,14 +93,13 @@ def _call(call: str, operation: Schema, document: dict[str, Any]) -> Lines:
     yield from table(
         ("answer", "", "headers"), (_answer(status, operation["responses"][status]) for status in sorted(operation["responses"]))
     )
-    yield from _example(operation, document)
+    yield from _example(operation, document, shown_before)
 
 
 def _parameter(parameter: Schema) -> Sequence[str]:
     schema = parameter["schema"]
     optional = "" if parameter["required"] else f"; {json.dumps(schema['default'])} when absent" if "default" in schema else "; optional"
-    name = parameter["name"] if parameter["in"] != "header" else "-".join(part.capitalize() for part in parameter["name"].split("-"))
-    return f"`{name}` in the {parameter['in']}", f"{type_of(schema)}{optional}", parameter["description"]
+    return f"`{parameter['name']}` in the {parameter['in']}", f"{type_of(schema)}{optional}", parameter["description"]
 
 
 def _body(content: Schema, document: dict[str, Any]) -> Lines:
@@ -131,14 +119,17 @@ def _answer(status: str, response: Schema) -> Sequence[str]:
     if PROBLEM_JSON in content:
         return status, ", ".join(f"[`{kind}`](#problems)" for kind in content[PROBLEM_JSON]["examples"]), ", ".join(names)
     media = " or ".join(f"`{media_type}`" for media_type in content)
-    return f"{status} {media}".rstrip(), response["description"], ", ".join(names)
+    schema = content.get("application/json", {}).get("schema")
+    return f"{status} {media}".rstrip(), response["description"] + (f" {type_of(schema)}" if schema else ""), ", ".join(names)
 
 
-def _example(operation: Schema, document: dict[str, Any]) -> Lines:
-    """The first of the first success."""
+def _example(operation: Schema, document: dict[str, Any], shown_before: set[str]) -> Lines:
+    """The first of the first success, once for each schema."""
     responses = operation["responses"]
     content = responses[min(responses)]["content"]
-    if "application/json" in content:
+    schema = json.dumps(content.get("application/json", {}).get("schema"))
+    if "application/json" in content and schema not in shown_before:
+        shown_before.add(schema)
         example = document["components"]["examples"][next(iter(content["application/json"]["examples"]))]
         yield from (f"{example['summary']}:", "", "```json", shown(example["value"]), "```", "")
 
@@ -170,8 +161,10 @@ def _problems() -> Lines:
 def _schemas(document: dict[str, Any]) -> Lines:
     yield "## What the answers hold"
     yield ""
-    for name in _ANSWERS:
-        schema = document["components"]["schemas"][name]
+    asked, told = {"GenerateRequest"}, {model.__name__ for model in EVENTS.values()}  # there are tables of these already
+    for name, schema in document["components"]["schemas"].items():
+        if name in asked | told:
+            continue
         yield from (f"### {name}", "", schema["description"], "")
         yield from _fields(schema)
 

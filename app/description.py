@@ -56,7 +56,7 @@ with Client("http://127.0.0.1:8000") as client:  # a key is the second argument
                 png = client.image(job.id, index, sha256=sha256)
                 print(f"picture {index}: {len(png)} bytes")
     try:
-        client.generate("Sneeker", steps=0)
+        client.generate("Sneeker", num_images=2)
     except ApiError as error:
         for wrong in error.errors:
             print(f"{error.status} {wrong.field}: {wrong.detail}")

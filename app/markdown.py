@@ -47,10 +47,11 @@ def _bounds(schema: Schema) -> str:
         return f" ({schema['format']})"
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    above, below = "above " if "exclusiveMinimum" in schema else "", "below " if "exclusiveMaximum" in schema else ""
     if low is None:
         return ""
-    return f" from {above}{_whole(low)}" if high is None else f" {above}{_whole(low)} … {below}{_whole(high)}"
+    above = "above " if "exclusiveMinimum" in schema else ""
+    last = "" if high is None else _whole(high - 1 if "exclusiveMaximum" in schema else high)  # of integers alone
+    return f" {above}{_whole(low)} … {last}" if last else f" from {above}{_whole(low)}"
 
 
 def _whole(number: float) -> str:

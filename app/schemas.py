@@ -147,19 +147,19 @@ class ModelView(BaseModel):
 
     id: str
     labels: list[list[str]] = Field(description="Per class, every name it answers to.")
-    image_size: int
-    image_channels: int
-    objective: str
+    image_size: int = Field(description="Pixels of a side.")
+    image_channels: int = Field(description="1 is grey, 3 is colour.")
+    objective: str = Field(description="diffusion or flow.")
     samplers: list[str]
-    spacings: list[str]
+    spacings: list[str] = Field(description="Of a diffusion model.")
     default_spacings: dict[str, str] = Field(description="Per sampler, the spacing of a request that names none.")
     max_steps: int
-    defaults: dict[str, Any]
-    quality: dict[str, dict[str, Any]]
-    metrics: dict[str, Any]
-    checkpoint: str
-    device: str
-    dtype: str
+    defaults: dict[str, Any] = Field(description="Of the fields of a request that are not given.")
+    quality: dict[str, dict[str, Any]] = Field(description="Per quality, the fields that it stands for, and what was measured.")
+    metrics: dict[str, Any] = Field(description="How good it was found to be, as its model card tells.")
+    checkpoint: str = Field(description="Hash of its weights, as jobs and pictures name it.")
+    device: str = Field(description="Of a worker that serves it.")
+    dtype: str = Field(description="In which that worker computes.")
     block_cache: bool = Field(description="Whether requests may ask for a block cache.")
     max_rows: int = Field(description="Rows of one forward of a worker; 0 while the model is not in its memory.")
     rows_per_s: float = Field(description="Rows that a worker does a second with full forwards, as measured at its start; 0 likewise.")
@@ -172,18 +172,22 @@ class QueueView(BaseModel):
     state: Literal["open", "paused", "draining", "suspended"] = Field(
         description="paused: workers take no job of it; draining: no job is accepted; suspended: by `rq suspend`."
     )
-    waiting: int
-    running: int
+    waiting: int = Field(description="Jobs that wait.")
+    running: int = Field(description="Jobs that run.")
     workers: int = Field(description="Workers of it that were heard of within 15 s.")
     served: bool = Field(description="Whether a worker tells of the model; else no job is accepted.")
     oldest_s: float = Field(description="Age of the next job to run; 0 if none waits.")
 
 
 class QueueList(BaseModel):
+    """`GET /queues`."""
+
     queues: list[QueueView]
 
 
 class ModelList(BaseModel):
+    """`GET /models`."""
+
     models: list[ModelView]
 
 

@@ -85,12 +85,17 @@ async def generate(
     ] = False,
     prefer: Annotated[
         str | None,
-        Header(description="`wait=N`: answer when the job has ended, or after N seconds, of at most 60 (RFC 7240).", examples=["wait=30"]),
+        Header(
+            alias="Prefer",
+            description="`wait=N`: answer when the job has ended, or after N seconds, of at most 60 (RFC 7240).",
+            examples=["wait=30"],
+        ),
     ] = None,
     accept: Annotated[str | None, Header(include_in_schema=False)] = None,  # OpenAPI has another place for it: the answers
     idempotency_key: Annotated[
         str | None,
         Header(
+            alias="Idempotency-Key",
             max_length=255,
             description="Any text: an equal request with an equal key is answered with the same job.",
             examples=["3f0c8a52-6f4e-4f0e-9d1c-5a1f1f6f2c11"],

@@ -32,7 +32,10 @@ _UNKNOWN = ("not-found", "expired", "invalid-request", "redis-away")  # of a cal
 
 JobId = Annotated[str, Path(max_length=100, description="Its id.", examples=[examples.JOB_ID])]
 IfNoneMatch = Annotated[
-    str | None, Header(description="The `ETag` of the picture that you have: 304 if it still is that one.", examples=[examples.ETAG])
+    str | None,
+    Header(
+        alias="If-None-Match", description="The `ETag` of the picture that you have: 304 if it still is that one.", examples=[examples.ETAG]
+    ),
 ]
 
 
@@ -73,7 +76,7 @@ async def get_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONRe
     },
 )
 async def cancel_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONResponse:
-    """Cancel it. It can be looked at as before; its pictures, if some were done, cannot."""
+    """Cancel it. It can still be looked at afterwards."""
     status = await store.cancel(job_id, caller.sees)
     if status in protocol.FINAL:
         how = status if status != "canceled" else "was canceled"
@@ -103,6 +106,7 @@ async def get_events(
     last_event_id: Annotated[
         str | None,
         Header(
+            alias="Last-Event-ID",
             description="Go on after this event; from the beginning without it.",
             examples=[examples.EVENT_ID],
             json_schema_extra={"pattern": EVENT_ID},
