@@ -134,7 +134,7 @@ def test_broken_versions_are_listed_with_what_is_wrong(registry: Path, hashes: l
     assert quick[damaged]["error"] is quick[sound]["error"] is thorough[sound]["error"] is None
     changed = f"{weights.relative_to(registry.parent)} was changed after it was written: its sha256 does not fit"
     assert (thorough[damaged]["error"], thorough[unreadable]) == (changed, quick[unreadable])
-    assert "cannot be read: KeyError('hash')\n" in dit()
+    assert "cannot be read: its hash is none\n" in dit()
 
 
 def test_json_before_another_command_is_not_ignored(hashes: list[str]) -> None:
