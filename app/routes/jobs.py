@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from redis.exceptions import RedisError
 from starlette.types import Receive, Scope, Send
 
+from app.events import server_sent
 from app.jobs import JobStore, id_time
 from app.problems import Problem, field_error, invalid
 from app.routes.dependencies import AllWatchers, GenerateCaller, KeyHolds, Store, keyed_problems
@@ -152,7 +153,6 @@ async def _lines(store: JobStore, job_id: str, after: str, key_holds: Callable[[
             if event is None:
                 yield ": still here\n\n"
             else:
-                stream_id, name, data = event
-                yield f"id: {stream_id}\nevent: {name}\ndata: {data}\n\n"
+                yield server_sent(*event)
     except RedisError as error:
         log.warning("events of job %s: Redis: %s", job_id, error)
