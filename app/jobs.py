@@ -19,6 +19,7 @@ from rq.job import Job
 from app.admission import Admission, Limits, Submission, other_body
 from app.logs import REQUEST_ID
 from app.problems import Problem
+from app.server_sent import read_event
 from app.views import job_view, work
 from worker import protocol
 from worker.protocol import FINAL, GenerationRequest, ModelRecord
@@ -168,10 +169,15 @@ class JobStore:
         return str(job_id.decode())
 
     async def _record(self, job_id: str, owner: str | None = EVERYBODY) -> dict[bytes, bytes]:
-        """The job's hash; 410 for an id that was ours and has expired, 404 for any other, and for a job of another owner."""
+        """The job's hash; 410 for an id that was ours and has expired, 404 for any other, and for a job of another owner.
+
+        500 for one that cannot be shown: nothing of ours wrote that.
+        """
         created = id_time(job_id)
         record = await self.redis.hgetall(protocol.job_key(job_id)) if created else {}
         if record and _may_see(record, owner):
+            if _view(job_id, record) is None:
+                raise Problem(500, f"the record of job {job_id} is damaged; the server's log says how")
             return record
         if not record and created and created < time.time() - self.result_ttl_s:
             raise Problem(410, f"job {job_id} has expired; results are kept for {self.result_ttl_s} s")
@@ -192,7 +198,8 @@ class JobStore:
             return None, None
         position, ahead, workers = told
         model = await self.redis.get(protocol.model_key(record[b"model"].decode()))
-        pace = ModelRecord.parse(model).rows_per_s * workers if model else 0.0
+        found = _model_record(model) if model else None
+        pace = found.rows_per_s * workers if found else 0.0
         return position, round(ahead / pace, 1) if pace else None
 
     async def page(self, owner: str | None, limit: int, after: str | None = None) -> tuple[list[dict[str, Any]], str | None]:
@@ -204,8 +211,8 @@ class JobStore:
                 if len(jobs) == limit:
                     return jobs, after
                 after = job_id.decode()
-                if record and _may_see(record, owner):  # else it has expired, and leaves the list soon
-                    jobs.append(job_view(after, record, await self._position(after, record)))
+                if record and _may_see(record, owner) and (view := _view(after, record)):  # else it has expired, and leaves the list soon
+                    jobs.append({**view, "queue_position": await self._position(after, record)})
             if len(ids) <= limit:
                 return jobs, None
 
@@ -266,9 +273,11 @@ class JobStore:
                 continue
             for stream_id, fields in answer[0][1]:
                 after = stream_id.decode()
-                yield after, fields[b"event"].decode(), fields[b"data"].decode()
-                if fields[b"event"] == b"done":
-                    return
+                event = _event(job_id, fields)
+                if event is not None:
+                    yield after, *event
+                    if event[0] == "done":
+                        return
 
     async def wait(self, job_id: str, seconds: float, while_: Callable[[], bool]) -> bool:
         """True once the job has ended, False if it has not within `seconds`, or when `while_`, asked now and then, says no."""
@@ -291,8 +300,26 @@ def _model_record(value: bytes) -> ModelRecord | None:
     """None for a damaged one: the other models are served all the same."""
     try:
         return ModelRecord.parse(value)
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         log.error("the record of a model cannot be read: %s", error)
+        return None
+
+
+def _event(job_id: str, entry: dict[bytes, bytes]) -> tuple[str, str] | None:
+    """None for a damaged one: the others are told all the same."""
+    try:
+        return read_event(entry)
+    except ValueError as error:
+        log.error("an event of job %s is left out: %s", job_id, error, extra={"job_id": job_id})
+        return None
+
+
+def _view(job_id: str, record: dict[bytes, bytes]) -> dict[str, Any] | None:
+    """None for a damaged one: the other jobs are listed all the same."""
+    try:
+        return job_view(job_id, record)
+    except ValueError as error:
+        log.error("%s", error, extra={"job_id": job_id})
         return None
 
 
@@ -301,4 +328,4 @@ def _digest(text: str) -> str:
 
 
 def _may_see(record: dict[bytes, bytes], owner: str | None) -> bool:
-    return owner is EVERYBODY or record.get(b"owner", b"").decode() == owner
+    return owner is EVERYBODY or record.get(b"owner", b"") == owner.encode()

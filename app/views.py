@@ -15,11 +15,25 @@ def iso(seconds: bytes | None) -> str | None:
 
 
 def job_view(job_id: str, record: Mapping[bytes, bytes], position: int | None = None, wait_s: float | None = None) -> dict[str, Any]:
-    """The job as `GET /jobs/{id}` shows it. `position` and `wait_s`: jobs before it and seconds until it starts, about, while it waits."""
+    """The job as `GET /jobs/{id}` shows it. `position` and `wait_s`: jobs before it and seconds until it starts, about, while it waits.
+
+    ValueError for a record that is damaged, or that JSON cannot say.
+    """
+    try:
+        view = _job_view(job_id, record, position, wait_s)
+        json.dumps(view, ensure_ascii=False, allow_nan=False).encode()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:  # OSError: of a time beyond all calendars
+        raise ValueError(f"the record of job {job_id} is damaged: {ascii(error)[:300]}") from error
+    return view
+
+
+def _job_view(job_id: str, record: Mapping[bytes, bytes], position: int | None, wait_s: float | None) -> dict[str, Any]:
     status = record[b"status"].decode()
+    if status not in protocol.STATUSES:
+        raise ValueError("its status is none")
     request = GenerationRequest.parse(record[b"request"].decode())
     step = request.steps if status == protocol.SUCCEEDED else int(record.get(b"step", 0))
-    images = json.loads(record.get(b"images") or "[]")
+    images = [(int(entry["index"]), int(entry["seed"]), str(entry["sha256"])) for entry in json.loads(record.get(b"images") or "[]")]
     here = f"/jobs/{job_id}"
     return {
         "id": job_id,
@@ -28,7 +42,7 @@ def job_view(job_id: str, record: Mapping[bytes, bytes], position: int | None = 
         "estimated_wait_s": wait_s,
         "progress": {"step": step, "steps": request.steps},
         "request": public_request(request),
-        "images": [{"url": f"{here}/images/{i['index']}", "seed": i["seed"], "sha256": i["sha256"]} for i in images],
+        "images": [{"url": f"{here}/images/{index}", "seed": seed, "sha256": sha256} for index, seed, sha256 in images],
         "checkpoint": record[b"checkpoint"].decode(),
         "error": record.get(b"error", b"").decode() or None,
         "created_at": iso(record[b"created_at"]),

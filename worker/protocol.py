@@ -33,11 +33,14 @@ TTL is the job's own `result_ttl_s`. State changes that two processes could race
 below, a submission is in app/admission.py, the worker's own are in worker/scripts.py.
 """
 
-import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
-
 from worker.counts import COUNT
+from worker.payloads import ALL_CHANNELS as ALL_CHANNELS  # said anew, so that others find all of the protocol here
+from worker.payloads import FIRST_THREE_CHANNELS as FIRST_THREE_CHANNELS
+from worker.payloads import LARGEST_SEED as LARGEST_SEED
+from worker.payloads import MAX_BLOCK_CACHE as MAX_BLOCK_CACHE
+from worker.payloads import MAX_SHIFT as MAX_SHIFT
+from worker.payloads import GenerationRequest as GenerationRequest
+from worker.payloads import ModelRecord as ModelRecord
 
 VERSION = 2  # of the job payload; a worker takes this version and the one before
 OPERATION = "dit.generate"  # the only thing an rq job of ours may ask for; it is compared, never imported
@@ -54,12 +57,9 @@ SENT_TTL_S = 60
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELING, CANCELED = "queued", "running", "succeeded", "failed", "canceling", "canceled"
 FINAL = (SUCCEEDED, FAILED, CANCELED)
+STATUSES = (QUEUED, RUNNING, CANCELING, *FINAL)
 OPEN, PAUSED, DRAINING = "open", "paused", "draining"  # a queue; paused: workers take nothing; draining: no job is accepted
-ALL_CHANNELS, FIRST_THREE_CHANNELS = "all", "first-three"  # of a latent that guidance moves; the official code moves three
-MAX_SHIFT = 100.0
-MAX_BLOCK_CACHE = 8
 MAX_RESULT_TTL_S = 1_000_000_000
-LARGEST_SEED = 2**53 - 1  # what a JSON number carries exactly everywhere
 
 JOB_FIELDS = {
     "version": "payload version",
@@ -138,108 +138,6 @@ def active_key(owner: str) -> str:
 
 def idempotency_key(owner: str, digest: str) -> str:
     return f"dit:idempotency:{owner}:{digest}"
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A resolved request: nothing in it is left to a default. Picture i has class_labels[i] and seed + i."""
-
-    model: str
-    class_labels: tuple[int | None, ...]  # None: unconditional
-    guidance_scale: float
-    guidance_interval: tuple[float, float]  # of t/T, 0 = clean, both ends in
-    steps: int
-    sampler: str
-    seed: int
-    # Since version 2; a payload of version 1 has none of them.
-    spacing: str | None = None  # of a diffusion's times; None is the sampler's own, and flow has none
-    eta: float = 0.0  # of ddim
-    shift: float = 1.0  # of flow time
-    guidance_channels: str = ALL_CHANNELS
-    guidance_rescale: float = 0.0
-    block_cache: int = 1  # all blocks run at every n-th evaluation; 1 is always
-
-    @property
-    def num_images(self) -> int:
-        return len(self.class_labels)
-
-    def dump(self) -> str:
-        """Without `block_cache` where there is none: a worker of a version before it can do the rest."""
-        values = asdict(self)
-        if self.block_cache == 1:
-            del values["block_cache"]
-        return json.dumps(values, sort_keys=True)
-
-    @classmethod
-    def parse(cls, text: str) -> "GenerationRequest":
-        """Raises ValueError on anything that is not such a request; it came through Redis, so it is checked again."""
-        try:
-            values = json.loads(text)
-            low, high = values.pop("guidance_interval")
-            request = cls(class_labels=tuple(values.pop("class_labels")), guidance_interval=(low, high), **values)
-        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-            raise ValueError(f"not a generation request: {error}") from error
-        request._check()
-        return request
-
-    def _check(self) -> None:
-        """ValueError unless every field has its type and range: a wrong one must not get as far as the batch of others."""
-        low, high = self.guidance_interval
-        sound = {
-            "model": isinstance(self.model, str),
-            "class_labels": 1 <= self.num_images <= 64 and all(y is None or type(y) is int for y in self.class_labels),
-            "guidance_scale": _is_number(self.guidance_scale) and 1 <= self.guidance_scale <= 20,
-            "guidance_interval": _is_number(low) and _is_number(high) and 0 <= low <= high <= 1,
-            "steps": type(self.steps) is int and 1 <= self.steps <= 1000,
-            "sampler": isinstance(self.sampler, str),
-            "spacing": self.spacing is None or isinstance(self.spacing, str),
-            "eta": _is_number(self.eta) and 0 <= self.eta <= 1,
-            "shift": _is_number(self.shift) and 0 < self.shift <= MAX_SHIFT,
-            "guidance_channels": self.guidance_channels in (ALL_CHANNELS, FIRST_THREE_CHANNELS),
-            "guidance_rescale": _is_number(self.guidance_rescale) and 0 <= self.guidance_rescale <= 1,
-            "block_cache": type(self.block_cache) is int and 1 <= self.block_cache <= MAX_BLOCK_CACHE,
-            "seed": type(self.seed) is int and 0 <= self.seed <= LARGEST_SEED + 1 - self.num_images,
-        }
-        wrong = [name for name, is_sound in sound.items() if not is_sound]
-        if wrong:
-            raise ValueError(f"not a generation request: {wrong[0]} is of another type or out of range")
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """What a worker tells of a model it serves; the API validates requests against it."""
-
-    id: str
-    checkpoint: str
-    labels: list[list[str]]
-    image_size: int
-    image_channels: int
-    objective: str
-    samplers: list[str]
-    max_steps: int
-    defaults: dict[str, Any]  # steps, guidance_scale, sampler, spacing
-    quality: dict[str, dict[str, Any]] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    spacings: list[str] = field(default_factory=list)  # of a diffusion's times; flow has none
-    default_spacings: dict[str, str] = field(default_factory=dict)  # by sampler
-    device: str = ""
-    dtype: str = ""
-    max_rows: int = 0
-    block_cache: bool = False  # whether requests may ask for one
-    rows_per_s: float = 0.0  # that one such worker does with full batches, as it measured at its start; 0 while not resident
-
-    def dump(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def parse(cls, text: str | bytes) -> "ModelRecord":
-        """What a newer worker tells besides is left aside, so that an older API goes on reading it."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
 # A Lua function for scripts: the seconds that a job's results live, also of a damaged record, which EXPIRE would refuse.

@@ -19,6 +19,7 @@ from app.openapi import PNG, Responses, example_refs, job_links, json_of, keyed_
 from app.problems import Problem, field_error, invalid
 from app.routes.dependencies import AllWatchers, GenerateCaller, KeyHolds, Store
 from app.schemas import MAX_IMAGES, JobList, JobView
+from app.server_sent import server_sent
 from app.sheet import contact_sheet
 from worker import protocol
 
@@ -146,8 +147,7 @@ async def _lines(store: JobStore, job_id: str, after: str, key_holds: Callable[[
             if event is None:
                 yield ": still here\n\n"
             else:
-                stream_id, name, data = event
-                yield f"id: {stream_id}\nevent: {name}\ndata: {data}\n\n"
+                yield server_sent(*event)
     except RedisError as error:
         log.warning("events of job %s: Redis: %s", job_id, error)
 

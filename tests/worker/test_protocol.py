@@ -17,11 +17,14 @@ from app import schemas
 from model import samplers
 from model.checkpoint import Checkpoint
 from model.spacing import SPACINGS
+from tests.bent import DEEP, JUNK, LONG, bent_bytes, bent_json, text_of
 from worker import protocol
 from worker.load import Loader
 from worker.protocol import LARGEST_SEED, GenerationRequest, ModelRecord
+from worker.results import Order
 from worker.serve import describe
 
+SETTINGS = {"steps": 4, "guidance_scale": 2.0, "sampler": "euler"}
 SOUND = GenerationRequest("tiny", (0, None), 2.0, (0.0, 1.0), 25, "euler", 7)
 OF_VERSION_2 = {"spacing": None, "eta": 0.0, "shift": 1.0, "guidance_channels": "all", "guidance_rescale": 0.0, "block_cache": 1}
 QUIET = settings(database=None, deadline=None, derandomize=True)
@@ -41,11 +44,6 @@ REQUESTS = st.builds(
     guidance_channels=st.sampled_from([protocol.ALL_CHANNELS, protocol.FIRST_THREE_CHANNELS]),
     guidance_rescale=st.floats(0, 1),
     block_cache=st.integers(1, protocol.MAX_BLOCK_CACHE),
-)
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=6,
 )
 
 
@@ -218,6 +216,96 @@ def test_a_worker_tells_the_samplers_and_spacings_of_its_model(
     assert (record.samplers, record.spacings, record.defaults.get("spacing")) == (names, list(spacings), default)
 
 
+RECORD = ModelRecord(
+    id="tiny",
+    checkpoint="c" * 64,
+    labels=[["cat", "house cat"], ["dog"]],
+    image_size=16,
+    image_channels=1,
+    objective="flow",
+    samplers=["euler"],
+    max_steps=1000,
+    defaults=SETTINGS,
+    quality={"draft": {"steps": 2, "guidance_interval": [0.1, 0.8]}},
+    default_spacings={"ddim": "paper"},
+    rows_per_s=12.5,
+)
+
+
+def check_record(text: str | bytes) -> None:
+    """What is read can be said in JSON, and is read again; any other is a ValueError in one line."""
+    try:
+        found = ModelRecord.parse(text)
+    except ValueError as error:
+        assert str(error).startswith("not a model's record: ") and "\n" not in str(error) and len(str(error)) < 300
+        return
+    assert json.dumps(asdict(found), allow_nan=False, ensure_ascii=False).encode() and ModelRecord.parse(found.dump()) == found
+
+
+@settings(QUIET, max_examples=300)
+@given(bent_json(json.loads(RECORD.dump())).map(text_of) | JUNK.map(text_of))
+def test_a_bent_record_of_a_model_is_read_or_refused(text: str) -> None:
+    check_record(text)
+
+
+@QUIET
+@given(bent_bytes(RECORD.dump().encode()) | st.binary(max_size=50))
+def test_a_record_of_bent_bytes_is_read_or_refused(data: bytes) -> None:
+    check_record(data)
+
+
+@pytest.mark.parametrize("text", [DEEP, LONG, f'{{"id": {LONG}}}', '{"rows_per_s": 1e999}', "null", "[]"], ids=lambda text: text[:12])
+def test_json_that_is_no_record_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a model's record"):
+        ModelRecord.parse(text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": [["cat", 3]]},
+        {"labels": [[]]},
+        {"labels": ["cat"]},
+        {"image_size": 2**40},
+        {"image_channels": True},
+        {"samplers": "euler"},
+        {"max_steps": 0},
+        {"defaults": {"steps": 4}},
+        {"defaults": {**SETTINGS, "guidance_scale": "2"}},
+        {"defaults": {**SETTINGS, "steps": 10**400}},
+        {"quality": {"draft": 2}},
+        {"quality": {"draft": {"guidance_interval": [1, 0]}}},
+        {"metrics": {"fid": math.nan}},
+        {"metrics": {"fid": math.inf}},
+        {"metrics": {"\ud800": 1}},
+        {"default_spacings": {"ddim": None}},
+        {"rows_per_s": -1},
+        {"rows_per_s": True},
+        {"block_cache": 1},
+        {"id": ""},
+    ],
+    ids=str,
+)
+def test_a_record_by_which_no_request_can_be_resolved_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a model's record"):
+        ModelRecord.parse(text_of({**json.loads(RECORD.dump()), **changes}))
+
+
+@settings(QUIET, max_examples=200)
+@given(
+    st.tuples(
+        *[st.none() | st.binary(max_size=12) | st.just(sound) for sound in (b"2", SOUND.dump().encode(), b"c" * 64, b"600", b"1", b"id")]
+    )
+    | bent_bytes(SOUND.dump().encode()).map(lambda request: (b"2", request, b"c", b"600", None, None))
+)
+def test_any_record_of_a_job_is_an_order_or_a_value_error(record: tuple[bytes | None, ...]) -> None:
+    try:
+        order = Order.parse(record)
+    except ValueError:
+        return
+    assert 1 <= order.result_ttl_s <= protocol.MAX_RESULT_TTL_S and GenerationRequest.parse(order.request.dump()) == order.request
+
+
 def test_keys_are_apart_for_every_job_execution_and_image() -> None:
     keys = [
         protocol.job_key("a"),
@@ -248,6 +336,6 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
 
 
 def test_a_record_of_a_newer_worker_is_still_read() -> None:
-    record = ModelRecord("tiny", "c" * 64, [["cat"]], 16, 1, "flow", ["euler"], 1000, {"steps": 4})
+    record = ModelRecord("tiny", "c" * 64, [["cat"]], 16, 1, "flow", ["euler"], 1000, SETTINGS)
     told = json.loads(record.dump())
     assert ModelRecord.parse(json.dumps({**told, "something": "new"})) == record
