@@ -1,9 +1,9 @@
-# make run · make test · make check · make docs · make bench · make chaos · make clean        needs Python >= 3.11 with venv and pip
+# make run · make test · make check · make docs · make bench · make chaos · make hold · make clean        needs Python >= 3.11 with venv and pip
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test check docs bench chaos clean
+.PHONY: help run test check docs bench chaos hold clean
 
 help:
 	@echo "make run    set up and start everything on this machine; prints the URL"
@@ -12,6 +12,7 @@ help:
 	@echo "make docs   docs/api.md, from the API's own description"
 	@echo "make bench  pictures/s beside diffusers' DiTPipeline, overhead, and serving beside stock rq workers (about an hour)"
 	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 3 minutes)"
+	@echo "make hold   full load, a crowd of event streams, Redis gone for 30 s twice, a soak of 20 minutes (about 35 minutes)"
 	@echo "make clean  remove what was set up (not .dit, which holds queued jobs)"
 
 # A stamp per set of packages, so that a second start installs nothing. torch comes first and by itself: pip takes the pinned build.
@@ -53,6 +54,12 @@ bench: $(VENV)/dev.stamp
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.chaos.long
+
+hold: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/streams.py
+	$(BIN)/python benchmarks/outage.py
+	$(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis test-output

@@ -27,6 +27,7 @@ from redis import Redis
 from app.embedded import socket_path
 from training.runlog import commit, hardware
 from worker import protocol
+from worker.protocol import ModelRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist"
@@ -231,8 +232,11 @@ def log_tail(path: Path) -> str:
 @contextmanager
 def child(
     command: list[str], environment: dict[str, str], folder: Path, log: Path, ready: Callable[[], bool], stop: signal.Signals
-) -> Iterator[None]:
-    """A process that runs as long as the block, which is entered once it is ready. RuntimeError with the end of its log if it never is."""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs as long as the block, the first of its session; the block is entered once it is ready.
+
+    RuntimeError with the end of its log if it never is.
+    """
     with log.open("wb") as file:
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
         process = subprocess.Popen(command, env=environment, cwd=folder, **options)
@@ -242,7 +246,7 @@ def child(
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command} did not get ready:\n{log_tail(log)}")
             time.sleep(0.2)
-        yield
+        yield process
     finally:
         process.send_signal(stop)
         try:
@@ -253,14 +257,14 @@ def child(
 
 
 class Service:
-    """Our side: `dit up` with its embedded server, spoken to over HTTP; its data lie in `folder`.
+    """Our side: `dit up`, spoken to over HTTP; its data lie in `folder`. `variables` are more of its environment.
 
     `submit` and `clear` are for one event loop, which runs inside `async with service.client`.
     """
 
     name = "ours"
 
-    def __init__(self, folder: Path, checkpoint: Path, device: str, compile: bool) -> None:
+    def __init__(self, folder: Path, checkpoint: Path, device: str, compile: bool, **variables: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -277,24 +281,22 @@ class Service:
             "DIT_COMPILE": str(compile).lower(),
             "DIT_TRACE": str(self.trace),
         }
-        self.environment = {**shell, **ours}
+        self.environment = {**shell, **ours, **variables}
         self.url = f"http://127.0.0.1:{port}"
-        self.redis_url = f"unix://{socket_path(folder / 'data')}"
+        self.redis_url = variables.get("DIT_REDIS_URL", f"unix://{socket_path(folder / 'data')}")
+        self.session = 0  # of its processes, while it runs
         self.redis = Redis.from_url(self.redis_url, protocol=2)
         self.queue_key = f"rq:queue:{protocol.queue_name(self.checkpoint.name)}"
-        self.model: dict[str, Any] = {}  # its entry in GET /models
+        self.model: dict[str, Any] = {}  # what its worker tells of it
         # With as many connections as there are open requests: none shall wait for another's answer.
         self.client = httpx2.AsyncClient(base_url=self.url, timeout=60, trust_env=False, limits=httpx2.Limits(max_connections=None))
 
     def ready(self) -> bool:
         with httpx2.Client(base_url=self.url, trust_env=False) as client:
             try:
-                if client.get("/readyz").status_code != 200:
-                    return False
+                return client.get("/readyz").status_code == 200
             except httpx2.TransportError:
                 return False
-            (self.model,) = client.get("/models").json()["models"]
-        return True
 
     def record_key(self, job_id: str) -> str:
         return protocol.job_key(job_id)
@@ -314,8 +316,12 @@ class Service:
 
 
 @contextmanager
-def running_service(folder: Path, checkpoint: Path, device: str, *, compile: bool) -> Iterator[Service]:
-    service = Service(folder, checkpoint, device, compile)
+def running_service(folder: Path, checkpoint: Path, device: str, *, compile: bool, **variables: str) -> Iterator[Service]:
+    service = Service(folder, checkpoint, device, compile, **variables)
     command = [sys.executable, "-m", "app.cli", "up"]
-    with service.redis, child(command, service.environment, folder, service.log, service.ready, signal.SIGINT):  # where no file .env is
+    running = child(command, service.environment, folder, service.log, service.ready, signal.SIGINT)  # in a folder where no file .env is
+    with service.redis, running as process:
+        service.session = process.pid
+        record: Any = service.redis.get(protocol.model_key(service.checkpoint.name))
+        service.model = asdict(ModelRecord.parse(record))
         yield service

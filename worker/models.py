@@ -22,6 +22,7 @@ log = logging.getLogger("dit.models")
 LOOK_EVERY_S = 2.0  # for new versions
 _ROOM_EVERY_S = 0.1  # that a checkpoint which finds no room looks for some
 _FORGET_FAILURE_S = 30.0  # after which a job may ask again for a version that could not be loaded
+_FORGET_OLD_S = 60.0  # after which a version that is no longer served, and that no job needed meanwhile, gives its memory back
 _RETRY_LATEST_S = 300.0  # after which the latest version is tried again by itself: memory may have come free
 
 Load = Callable[[Path], Runner]
@@ -73,7 +74,7 @@ class _Loading:
 
 
 class Shelf:
-    """The models of a registry. Resident ones stay until another needs their memory, the least recently used out first.
+    """The models of a registry. Resident ones stay until another needs their memory, the least recently used out first; old versions go.
 
     The model's record names a version only once it was verified, and where the version before is resident, once it is resident too.
     """
@@ -90,6 +91,7 @@ class Shelf:
         self._latest: dict[str, _Version] = {}  # model → what the registry has: another one while it is being loaded, or if that failed
         self._signatures: dict[str, str] = {}
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
+        self._needed_at: dict[str, float] = {}  # of those that are resident
         self._wanted: dict[str, str] = {}  # hash → model
         self._reading: dict[str, Future[tuple[CheckpointConfig, str]]] = {}  # model → its latest version, every byte of it
         self._loading: _Loading | None = None
@@ -128,6 +130,7 @@ class Shelf:
         if now >= self._look_at:
             self._look_at = now + LOOK_EVERY_S
             self._look()
+            self._forget_old(busy, now)
         for model in [model for model, read in self._reading.items() if read.done()]:
             self._take_note(model, self._reading.pop(model))
         if self._loading and self._loading.future.done():
@@ -207,6 +210,15 @@ class Shelf:
         if self._served.get(name) != version:
             log.info("model %s: version %s takes over", name, version.hash[:12])
         self._served[name] = version
+
+    def _forget_old(self, busy: set[str], now: float) -> None:
+        """With each version that is published a worker would else grow, by more than its weights: buffers and graphs come with them."""
+        needed = {*busy, *self._wanted, *(version.hash for version in (*self._served.values(), *self._latest.values()))}
+        self._needed_at = {name: now if name in needed else self._needed_at.get(name, now) for name in self._resident}
+        for checkpoint, at in self._needed_at.items():
+            if now - at > _FORGET_OLD_S:
+                log.info("checkpoint %s is no longer served, and no job needs it; it goes", checkpoint[:12])
+                del self._resident[checkpoint]
 
     # Loading.
 

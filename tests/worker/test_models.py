@@ -381,6 +381,25 @@ def test_a_roll_back_takes_over_at_once_where_the_older_version_is_resident(plac
     assert told(shelf) == {"a": old} and len(place.loaded) == 2
 
 
+def test_an_old_version_goes_when_no_job_has_needed_it_for_a_while(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = place.publish("a", 1)
+    other = place.publish("b", 2)
+    shelf = place.shelf()
+    new = place.publish("a", 3)
+    settle(shelf, busy={old})
+    assert told(shelf) == {"a": new, "b": other} and set(shelf._resident) == {old, new, other}
+    settle(shelf)  # needed a moment ago
+    assert old in shelf._resident
+    monkeypatch.setattr(models_module, "_FORGET_OLD_S", 0.0)
+    settle(shelf, busy={old})
+    assert old in shelf._resident
+    poll_until(shelf, lambda: old not in shelf._resident)
+    assert set(shelf._resident) == {new, other}
+    monkeypatch.undo()
+    assert shelf.runner("a", old) is None  # a job that was pinned to it loads it again
+    poll_until(shelf, lambda: shelf.runner("a", old) is not None)
+
+
 def test_a_version_that_was_rolled_back_while_it_was_loaded_does_not_take_over(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     old = place.publish("a", 1)
     shelf = place.shelf()
