@@ -36,7 +36,7 @@ def _stamp(vae: VAE, split: Split, flips: bool) -> str:
     for name, value in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
-    digest.update(split.images.numpy().tobytes())
+    split.hash_into(digest)
     return digest.hexdigest()
 
 
@@ -52,7 +52,7 @@ def cached_latents(vae: VAE, split: Split, folder: Path, *, flips: bool, batch_s
     vae = vae.to(device)
     views: list[list[Tensor]] = [[], []]
     for flipped in range(2 if flips else 1):
-        for images in tqdm(split.images.split(batch_size), desc="latents", unit="batch"):
+        for images in tqdm(split.batches(batch_size), desc="latents", unit="batch"):
             batch = to_float(images).to(device)
             views[flipped].append(torch.stack([m.cpu() for m in vae.moments(batch.flip(3) if flipped else batch)]))
     vae.to("cpu")
