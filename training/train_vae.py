@@ -19,7 +19,7 @@ from model.config import VAEConfig
 from model.sampling import to_pixels
 from model.vae import VAE
 from training.config import Recipe
-from training.data import Split, batch_indices, load_dataset, to_float
+from training.data import Split, batch_indices, load_dataset, report_data, to_float
 from training.loop import fit, grid, step_generator
 from training.runlog import command, hardware
 
@@ -64,6 +64,7 @@ def latent_statistics(vae: VAE, split: Split, batch_size: int = 256) -> tuple[tu
 def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) -> Path:
     """Train, measure the latents, write `vae.safetensors` and `vae.json` to `out`; returns `out`."""
     dataset = load_dataset(data, recipe.data)
+    report_data(dataset, out)
     config, optimiser = vae_config(recipe), recipe.vae.optimiser
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(_SEED)

@@ -14,5 +14,6 @@ Pictures are cropped as ADM crops them (pixels.py). Small sets are decoded once,
 
 from training.data.dataset import Dataset, Split, batch_indices, to_float
 from training.data.load import load_dataset
+from training.data.report import report_data
 
-__all__ = ["Dataset", "Split", "batch_indices", "load_dataset", "to_float"]
+__all__ = ["Dataset", "Split", "batch_indices", "load_dataset", "report_data", "to_float"]

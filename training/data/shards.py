@@ -6,6 +6,7 @@ pictures by number, so this one notes where they lie. Nothing is unpacked, so a 
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def _label(ending: str, raw: bytes) -> Label | None:
     found = json.loads(text) if ending == ".json" else text.strip()
     if isinstance(found, dict):
         found = found.get("label")
-    if isinstance(found, str) and found.isascii() and found.isdecimal() and len(found) < 10:
+    if isinstance(found, str) and re.fullmatch("-?[0-9]{1,9}", found):
         return int(found)
     if found is None or (isinstance(found, int | str) and not isinstance(found, bool) and found != ""):
         return found
