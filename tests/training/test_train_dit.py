@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from model import checkpoint as checkpoints
+from model.checkpoint import Checkpoint
 from model.config import BLOCKS, DiTConfig, ObjectiveConfig
 from model.dit import DiT
 from model.flow import RectifiedFlow
 from model.sampling import sample
 from training import train_dit as stage_two
 from training.config import Recipe
+from training.data import load_dataset
+from training.latents import cached_latents
 from training.loop import Interrupted
 from training.train_dit import build_process, dit_losses, train_dit
 from training.train_vae import train_vae
@@ -84,6 +87,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         train_dit(recipe, idx_folder, trained_vae, tmp_path / "stopped")
     resumed = checkpoints.load(train_dit(recipe, idx_folder, trained_vae, tmp_path / "stopped", resume=True))
     assert resumed.hash == straight.hash  # the same weights to the last bit
+
+
+def test_latents_of_another_vae_end_a_run_before_it_begins_unless_they_are_made_anew(
+    tiny_recipe: RecipeMaker, build_checkpoint: Callable[..., Checkpoint], idx_folder: Path, trained_vae: Path, tmp_path: Path
+) -> None:
+    recipe, other = tiny_recipe(), build_checkpoint().vae
+    assert other is not None
+    cached_latents(other, load_dataset(idx_folder, recipe.data).train, tmp_path / "dit", flips=True)
+    with pytest.raises(ValueError, match=r"latents of another VAE .*--new-latents encodes them anew"):
+        train_dit(recipe, idx_folder, trained_vae, tmp_path / "dit")
+    assert train_dit(recipe, idx_folder, trained_vae, tmp_path / "dit", new_latents=True).is_dir()
+    assert (tmp_path / "dit" / "data.png").is_file()
 
 
 @pytest.mark.parametrize(
