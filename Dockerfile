@@ -12,7 +12,7 @@ RUN useradd --uid 10001 --user-group --create-home dit \
 WORKDIR /src
 # The packages of pyproject.toml are named without being there: what is installed for now is what they depend on.
 COPY pyproject.toml constraints.txt ./
-RUN touch README.md && mkdir -p app/commands app/routes model worker training
+RUN touch README.md && mkdir -p app/commands app/routes model worker training/data
 
 FROM python AS api-packages
 RUN --mount=type=cache,target=/root/.cache/pip \

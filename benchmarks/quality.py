@@ -38,7 +38,7 @@ def judge(folder: Path, data: Path, settings: list[Setting], samples: int) -> li
     checkpoint = load_as_served(folder)
     dataset = matching_dataset(checkpoint.config, data)
     classifier = get_classifier(dataset, Path("runs/classifiers"), checkpoint.device, None)
-    reference = fit_gaussian(classifier.judge(dataset.test.images).features)
+    reference = fit_gaussian(classifier.judge_split(dataset.test).features)
     with tempfile.TemporaryDirectory() as scratch:
         log = MeasureLog(Path(scratch) / "log.jsonl", {"checkpoint": checkpoint.hash})
         meter = Meter(Drawer(checkpoint, min(250, samples), compile=True), classifier, reference, log, print)

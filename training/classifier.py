@@ -98,6 +98,10 @@ class Classifier:
         features = torch.cat(found)
         return Judgement(features.cpu(), self.network.head(features).argmax(1).cpu())
 
+    def judge_split(self, split: Split, index: Tensor | None = None) -> Judgement:
+        """All pictures of a split in turn, or those of rows `index`."""
+        return joined([self.judge(images) for images in split.batches(500, index)])
+
 
 def classifier_key(dataset: Dataset, config: ClassifierConfig) -> str:
     """16 hex digits over the pixels and labels of both splits, the number of classes, and the classifier's own configuration."""
@@ -105,8 +109,7 @@ def classifier_key(dataset: Dataset, config: ClassifierConfig) -> str:
     digest = hashlib.sha256()
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         facts[name] = list(split.images.shape)
-        digest.update(split.images.contiguous().numpy().data)
-        digest.update(split.labels.contiguous().numpy().data)
+        split.hash_into(digest)
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -127,7 +130,7 @@ def _train(network: ConvNet, split: Split, config: ClassifierConfig, device: tor
     network.train()
     for step in tqdm(range(config.steps), desc="classifier", unit="step", dynamic_ncols=True):
         index = batch_indices(len(split), config.batch_size, step, _SEED)
-        images = _shifted(to_float(split.images[index]), step_generator(_SEED, step))
+        images = _shifted(to_float(split.read(index)), step_generator(_SEED, step))
         with torch.autocast(device.type, torch.bfloat16):
             logits = network(images.to(device).contiguous(memory_format=torch.channels_last))
         F.cross_entropy(logits.float(), split.labels[index].to(device)).backward()
@@ -159,7 +162,7 @@ def get_classifier(dataset: Dataset, cache: Path, device: torch.device, config: 
     folder = cache / key
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
         torch.manual_seed(_SEED)
-        _, channels, size, _ = dataset.train.images.shape
+        channels, size, _ = dataset.train.image_shape
         network = ConvNet(config, channels, size, len(dataset.class_names))
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     from_cache = (folder / CLASSIFIER_RECORD).is_file()
@@ -174,4 +177,4 @@ def get_classifier(dataset: Dataset, cache: Path, device: torch.device, config: 
 
 
 def _accuracy(classifier: Classifier, split: Split) -> float:
-    return float((classifier.judge(split.images).predicted == split.labels).double().mean())
+    return float((classifier.judge_split(split).predicted == split.labels).double().mean())

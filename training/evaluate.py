@@ -121,7 +121,7 @@ def judge_pictures(drawer: Drawer, classifier: Classifier, setting: Setting, sam
 def judge_reconstructions(vae: VAE, classifier: Classifier, split: Split, batch_size: int) -> Judgement:
     """Real images through the VAE and back, by the posterior's mean: what the pictures could reach if every latent were right."""
     device, judged = vae.latent_mean.device, []
-    for images in tqdm(split.images.split(batch_size), desc="reconstructions", unit="batch", dynamic_ncols=True):
+    for images in tqdm(split.batches(batch_size), desc="reconstructions", unit="batch", dynamic_ncols=True):
         decoded = vae.decode(vae.encode(to_float(images.to(device))))
         judged.append(classifier.judge(to_pixels(decoded).permute(0, 3, 1, 2)))
     return joined(judged)
@@ -131,8 +131,8 @@ def measure(dataset: Dataset, classifier: Classifier, pictures: Judgement, recon
     """Every number of the table. The floor compares as many training images as there are test images, always the same random ones."""
     count = min(len(dataset.train), len(dataset.test))
     chosen = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(_SEED))[:count]
-    test = classifier.judge(dataset.test.images).features
-    train = classifier.judge(dataset.train.images[chosen]).features
+    test = classifier.judge_split(dataset.test).features
+    train = classifier.judge_split(dataset.train, chosen).features
     asked = torch.arange(len(pictures.predicted)) % len(dataset.class_names)
     return {
         "class_consistency": class_consistency(pictures.predicted, asked),

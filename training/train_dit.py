@@ -19,7 +19,7 @@ from model.sampling import sample
 from model.vae import VAE
 from training.card import model_card
 from training.config import Recipe
-from training.data import Dataset, batch_indices, load_dataset
+from training.data import Dataset, batch_indices, load_dataset, report_data
 from training.latents import LatentCache, cached_latents
 from training.loop import fit, grid, step_generator
 from training.runlog import command, commit, hardware
@@ -79,14 +79,15 @@ def _preview(checkpoint_of: Callable[[DiT], Checkpoint]) -> Callable[[nn.Module]
     return preview
 
 
-def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume: bool = False) -> Path:
+def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume: bool = False, new_latents: bool = False) -> Path:
     """Train on the latents of the VAE in `vae_folder` and save the EMA as a checkpoint; returns its folder."""
     objective, optimiser = _check(recipe), recipe.dit.optimiser
     dataset = load_dataset(data, recipe.data)
     vae, vae_record = load_vae(vae_folder)
     if vae.config.image_size != recipe.data.image_size or vae.config.image_channels != recipe.data.image_channels:
         raise ValueError(f"the VAE in {vae_folder} was trained for other images than the recipe's {recipe.data.image_size} pixels")
-    latents = cached_latents(vae, dataset.train, out, flips=recipe.data.horizontal_flip)
+    report_data(dataset, out)
+    latents = cached_latents(vae, dataset.train, out, flips=recipe.data.horizontal_flip, anew=new_latents)
     architecture = recipe.dit.architecture(
         input_size=vae.config.latent_size, in_channels=vae.config.latent_channels, num_classes=len(dataset.class_names)
     )
@@ -123,8 +124,8 @@ def _loss_function(
     def loss_at(step: int) -> dict[str, Tensor]:
         index = batch_indices(len(dataset.train), batch_size, step, _SEED)
         generator = step_generator(_SEED, step)
-        view = torch.randint(latents.mean.shape[0], (batch_size,), generator=generator)
-        x0 = _to(device, latents.sample(index, view, torch.randn(batch_size, *latents.mean.shape[2:], generator=generator)))
+        view = torch.randint(latents.views, (batch_size,), generator=generator)
+        x0 = _to(device, latents.sample(index, view, torch.randn(batch_size, *latents.shape, generator=generator)))
         dropped = torch.rand(batch_size, generator=generator) < recipe.dit.label_dropout
         y = _to(device, torch.where(dropped, null_class, dataset.train.labels[index]))
         with torch.autocast(device.type, torch.bfloat16):

@@ -19,7 +19,7 @@ from model.config import VAEConfig
 from model.sampling import to_pixels
 from model.vae import VAE
 from training.config import Recipe
-from training.data import Split, batch_indices, load_dataset, to_float
+from training.data import Split, batch_indices, load_dataset, report_data, to_float
 from training.loop import fit, grid, step_generator
 from training.runlog import command, hardware
 
@@ -53,7 +53,7 @@ def vae_losses(vae: VAE, images: Tensor, noise: Tensor, kl_weight: float) -> dic
 def latent_statistics(vae: VAE, split: Split, batch_size: int = 256) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of posterior samples over a split, in float64."""
     total = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
-    for images in split.images.split(batch_size):
+    for images in split.batches(batch_size):
         mean, std = vae.moments(to_float(images))
         # E[z] = mean; E[z²] = mean² + std², without drawing samples.
         total += torch.stack([mean.double().mean((2, 3)).sum(0), (mean.double() ** 2 + std.double() ** 2).mean((2, 3)).sum(0)])
@@ -64,6 +64,7 @@ def latent_statistics(vae: VAE, split: Split, batch_size: int = 256) -> tuple[tu
 def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) -> Path:
     """Train, measure the latents, write `vae.safetensors` and `vae.json` to `out`; returns `out`."""
     dataset = load_dataset(data, recipe.data)
+    report_data(dataset, out)
     config, optimiser = vae_config(recipe), recipe.vae.optimiser
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(_SEED)
@@ -74,7 +75,7 @@ def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) ->
     def loss_at(step: int) -> dict[str, Tensor]:
         index = batch_indices(len(dataset.train), optimiser.batch_size, step, _SEED)
         generator = step_generator(_SEED, step)
-        images = to_float(dataset.train.images[index])
+        images = to_float(dataset.train.read(index))
         if recipe.data.horizontal_flip:
             flip = torch.rand(len(index), generator=generator) < 0.5
             images = torch.where(flip[:, None, None, None], images.flip(3), images)
@@ -82,7 +83,7 @@ def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) ->
         with torch.autocast(device.type, torch.bfloat16):
             return vae_losses(vae, images.to(device).contiguous(memory_format=torch.channels_last), noise.to(device), recipe.vae.kl_weight)
 
-    shown = to_float(dataset.test.images[:16])
+    shown = to_float(dataset.test.read(torch.arange(min(16, len(dataset.test)))))
 
     @torch.inference_mode()
     def preview(model: nn.Module) -> Image.Image:

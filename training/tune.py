@@ -67,7 +67,7 @@ def tune(
     grid = make_grid(config, steps, samplers, guidance_scales, intervals, block_caches)
     dataset = matching_dataset(config, data)
     classifier = get_classifier(dataset, cache, checkpoint.device, classifier_config)
-    reference = fit_gaussian(classifier.judge(dataset.test.images).features)
+    reference = fit_gaussian(classifier.judge_split(dataset.test).features)
 
     drawer = Drawer(checkpoint, min(batch_size, final_samples), compile=compile)
     subject = {"checkpoint": checkpoint.hash, "classifier": classifier.key, "dtype": drawer.dtype}

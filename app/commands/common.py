@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 CONFIGURATION_ERROR = 78  # see app.local: the supervisor does not start such a child again
 
 CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint folder, or a registry entry with versions.")]
-DataOption = Annotated[Path, typer.Option("--data", help="Folder of IDX files, or of one sub-folder of images per class.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", help="Folder of training data: one sub-folder of images per class, or IDX, CIFAR, *.tar, *.parquet files.")
+]
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -40,6 +40,7 @@ def train_dit_command(
     vae: Annotated[Path | None, typer.Option(help="Folder of the trained VAE; by default runs/RECIPE/vae.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE/dit.")] = None,
     resume: ResumeOption = False,
+    new_latents: Annotated[bool, typer.Option("--new-latents", help="Encode anew what another VAE or other data left in --out.")] = False,
 ) -> None:
     """Stage two: the DiT on cached latents; writes a checkpoint to OUT/checkpoint."""
 
@@ -49,7 +50,7 @@ def train_dit_command(
 
         loaded = load_recipe(recipe)
         runs = Path("runs") / loaded.name
-        return train_dit(loaded, data, vae or runs / "vae", out or runs / "dit", resume=resume)
+        return train_dit(loaded, data, vae or runs / "vae", out or runs / "dit", resume=resume, new_latents=new_latents)
 
     _train(run)
 

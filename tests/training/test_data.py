@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from training.config import DataConfig
-from training.data import batch_indices, centre_crop, load_dataset, pad_to, read_idx, to_float
+from training.data import batch_indices, load_dataset, to_float
+from training.data.idx import pad_to, read_idx
+from training.data.pixels import centre_crop
 
 GREY = DataConfig(image_size=16, image_channels=1)
 COLOUR = DataConfig(image_size=16, image_channels=3)

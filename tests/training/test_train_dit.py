@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from model import checkpoint as checkpoints
-from model.config import BLOCKS, DiTConfig, ObjectiveConfig, VAEConfig
+from model.checkpoint import Checkpoint
+from model.config import BLOCKS, DiTConfig, ObjectiveConfig
 from model.dit import DiT
 from model.flow import RectifiedFlow
 from model.sampling import sample
-from model.vae import VAE
 from training import train_dit as stage_two
 from training.config import Recipe
-from training.data import Split
-from training.latents import CACHE, cached_latents
+from training.data import load_dataset
+from training.latents import cached_latents
 from training.loop import Interrupted
 from training.train_dit import build_process, dit_losses, train_dit
 from training.train_vae import train_vae
@@ -35,26 +35,6 @@ def idx_folder(make_idx_folder: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def trained_vae(tiny_recipe: RecipeMaker, idx_folder: Path, tmp_path: Path) -> Path:
     return train_vae(tiny_recipe(), idx_folder, tmp_path / "vae")
-
-
-def test_latents_are_encoded_once_and_again_only_for_another_vae_or_other_images(
-    tiny_vae_config: Callable[..., VAEConfig], tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    vae = VAE(tiny_vae_config()).eval()
-    split = Split(torch.randint(0, 256, (6, 1, 16, 16), dtype=torch.uint8), torch.zeros(6, dtype=torch.int64))
-    first = cached_latents(vae, split, tmp_path, flips=True, batch_size=4)
-    written = (tmp_path / CACHE).stat().st_mtime_ns
-    again = cached_latents(vae, split, tmp_path, flips=True)
-    assert (tmp_path / CACHE).stat().st_mtime_ns == written
-    assert torch.equal(first.mean, again.mean) and torch.equal(first.std, again.std)
-    assert first.mean.shape == (2, 6, 4, 8, 8)
-    expected, _ = vae.moments(split.images.float() / 127.5 - 1)
-    assert torch.allclose(first.mean[0], expected, atol=1e-5)
-    with torch.no_grad():
-        next(vae.parameters()).add_(1.0)
-    changed = cached_latents(vae, split, tmp_path, flips=True)
-    assert not torch.equal(first.mean, changed.mean)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +87,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         train_dit(recipe, idx_folder, trained_vae, tmp_path / "stopped")
     resumed = checkpoints.load(train_dit(recipe, idx_folder, trained_vae, tmp_path / "stopped", resume=True))
     assert resumed.hash == straight.hash  # the same weights to the last bit
+
+
+def test_latents_of_another_vae_end_a_run_before_it_begins_unless_they_are_made_anew(
+    tiny_recipe: RecipeMaker, build_checkpoint: Callable[..., Checkpoint], idx_folder: Path, trained_vae: Path, tmp_path: Path
+) -> None:
+    recipe, other = tiny_recipe(), build_checkpoint().vae
+    assert other is not None
+    cached_latents(other, load_dataset(idx_folder, recipe.data).train, tmp_path / "dit", flips=True)
+    with pytest.raises(ValueError, match=r"latents of another VAE .*--new-latents encodes them anew"):
+        train_dit(recipe, idx_folder, trained_vae, tmp_path / "dit")
+    assert train_dit(recipe, idx_folder, trained_vae, tmp_path / "dit", new_latents=True).is_dir()
+    assert (tmp_path / "dit" / "data.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,15 @@ def test_a_few_steps_make_a_vae_that_loads(
     recipe, data = tiny_recipe(steps=6), make_idx_folder(tmp_path / "data", size=12)
     out = train_vae(recipe, data, tmp_path / "run")
     assert out == tmp_path / "run"
-    assert sorted(p.name for p in out.iterdir()) == ["log.jsonl", "samples-000006.png", "state.pt", "vae.json", "vae.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "data.json",
+        "data.png",
+        "log.jsonl",
+        "samples-000006.png",
+        "state.pt",
+        "vae.json",
+        "vae.safetensors",
+    ]
     vae, record = load_vae(out)
     assert record["steps"] == 6 and "40 training" in record["data"] and record["command"].startswith("dit")
     assert replace(vae.config, latent_mean=(), latent_std=()) == vae_config(recipe)
