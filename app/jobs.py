@@ -36,6 +36,7 @@ _BLOCK_S = 2.0  # one blocking read; it must end well before the socket's timeou
 _AT_ONCE = 10  # events of one read: all that is in memory for a client that takes them slowly, and a preview may have 100 kB
 EVERYBODY = None  # in place of an owner: who may see the jobs of all
 _LOOKED_AT = 100  # jobs of a long queue, evenly spread: a millisecond of Redis for each question would be too much
+_RUNNING_LOOKED_AT = 25  # of those that run: thousands of workers have ten thousands, and each takes longer to look at
 
 # KEYS the model's queue, its jobs under a lease, rq's set of its workers. ARGV job id. What has to be done before a job that waits starts.
 # → {} if it does not wait, else {jobs before it, row evaluations before it, about, workers}. Of jobs that run, what is left counts.
@@ -48,11 +49,13 @@ for i = 1, position, every do
   local work = tonumber(redis.call('HGET', 'dit:job:' .. before[i], 'work')) or 0
   ahead = ahead + work * math.min(every, position - i + 1) -- it stands for those after it
 end
-for _, lease in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+local running = redis.call('ZRANGE', KEYS[2], 0, {_RUNNING_LOOKED_AT - 1})
+local each = #running > 0 and redis.call('ZCARD', KEYS[2]) / #running -- that one of these stands for
+for _, lease in ipairs(running) do
   local work, step, request = unpack(redis.call('HMGET', 'dit:job:' .. string.match(lease, '^[^:]*'), 'work', 'step', 'request'))
   local read, asked = pcall(cjson.decode, request)
   if work and read and type(asked) == 'table' and type(asked.steps) == 'number' then
-    ahead = ahead + tonumber(work) * math.max(0, 1 - (tonumber(step) or 0) / asked.steps)
+    ahead = ahead + each * tonumber(work) * math.max(0, 1 - (tonumber(step) or 0) / asked.steps)
   end
 end
 return {{position, math.ceil(ahead), redis.call('SCARD', KEYS[3])}}

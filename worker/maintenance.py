@@ -27,18 +27,24 @@ class Maintenance:
         self._reap, self._unstick = connection.register_script(scripts.REAP), connection.register_script(scripts.UNSTICK)
         self._tidy, self._unleased = connection.register_script(scripts.TIDY), connection.register_script(scripts.UNLEASED)
         self._popped: dict[str, dict[str, float]] = {}  # by model: jobs without a lease, and when they were first seen so
+        self._workers: dict[str, int] = {}  # by model: those that rq knows
+
+    @property
+    def workers(self) -> int:
+        """Of the model that has most, when it was last cleaned."""
+        return max(self._workers.values(), default=1)
 
     def clean(self, model: str, queue: Queue) -> None:
         self._requeue_abandoned(model)
         self._requeue_stuck(model, queue)
         for registry in (FinishedJobRegistry, FailedJobRegistry):  # what has ended is forgotten here too
             registry(queue=queue).cleanup()
-        self._forget_workers(queue)
+        self._forget_workers(model, queue)
         self._tidy()
 
-    def _forget_workers(self, queue: Queue) -> None:
+    def _forget_workers(self, model: str, queue: Queue) -> None:
         """rq asks for each worker there is. If each of a thousand did so, Redis would do little else; so, of many, some do, by lot."""
-        count = int(self._connection.scard(worker_registration.WORKERS_BY_QUEUE_KEY % queue.name))
+        count = self._workers[model] = int(self._connection.scard(worker_registration.WORKERS_BY_QUEUE_KEY % queue.name))
         if random.random() * count < CLEANERS:
             worker_registration.clean_worker_registry(queue)
 

@@ -26,6 +26,8 @@ log = logging.getLogger("dit.worker")
 
 LOOK_EVERY_S = 0.01  # into the queues, while jobs run and there is room for more
 TELL_EVERY_S = 0.1  # progress events and the look for cancels
+MANY = 20  # workers of a model, of which each then does both less often, so that all of them together look and tell …
+CALLS_PER_S = 2000  # … this often
 
 
 class DiTWorker(WorkerProcess):
@@ -49,19 +51,24 @@ class DiTWorker(WorkerProcess):
         """One step of the jobs that run, and what is due between two."""
         now = self.came_round = time.monotonic()
         if now >= self._look_at and not self._stop_requested:
-            self._look_at = now + LOOK_EVERY_S
+            self._look_at = now + self._every(LOOK_EVERY_S)
             self._top_up()
         self._handle(self.engine.tick())
         self._stop_jobs()
         now = time.monotonic()
         if now >= self._tell_at:
-            self._tell_at = now + TELL_EVERY_S
+            self._tell_at = now + self._every(TELL_EVERY_S)
             self._tell_progress()
         if now >= self._models_at:
             self._models_at = now + RENEW_EVERY_S
             self._update_models()
         if self.should_run_maintenance_tasks:
             self.run_maintenance_tasks()
+
+    def _every(self, seconds: float) -> float:
+        """Of four thousand workers each looks every two seconds, and so one of them every half millisecond; idle ones are rung for."""
+        workers = self._maintenance.workers
+        return max(seconds, workers / CALLS_PER_S) if workers > MANY else seconds
 
     # Jobs that come.
 

@@ -99,6 +99,22 @@ def test_the_wait_is_the_work_before_it_over_the_workers_pace(
     assert (job["queue_position"], job["estimated_wait_s"]) == (1, 3.0)  # half of the first is left
 
 
+@pytest.mark.parametrize("running", [25, 26, 500])
+def test_the_wait_behind_many_jobs_that_run_is_told_from_a_part_of_them(
+    client: TestClient, submit: Callable[..., str], serve: Callable[..., Any], redis: Redis, running: int
+) -> None:
+    serve(rows_per_s=10.0)
+    redis.sadd("rq:workers:dit-tiny", "one")
+    last = submit()
+    with redis.pipeline() as pipeline:
+        for number in range(running):
+            pipeline.hset(protocol.job_key(f"job-{number}"), mapping={"work": 40, "step": 5, "request": '{"steps": 10}'})
+            pipeline.zadd("rq:wip:dit-tiny", {f"job-{number}:execution": 1e12})
+        pipeline.execute()
+    job = client.get(f"/jobs/{last}").json()
+    assert job["estimated_wait_s"] == pytest.approx(running * 20 / 10, abs=0.2)
+
+
 @pytest.mark.parametrize("waiting", [99, 100, 101, 250, 1001])
 def test_the_wait_behind_a_long_queue_is_told_from_a_part_of_it(
     client: TestClient, submit: Callable[..., str], serve: Callable[..., Any], redis: Redis, waiting: int

@@ -17,7 +17,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError
 from rq.utils import now
 
-from worker import heart, maintenance, protocol
+from worker import heart, maintenance, protocol, rq_worker
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.rq_worker import DiTWorker
 from worker.scheduler import Picture
@@ -543,6 +543,17 @@ def test_the_dead_leave_the_list_of_workers_however_many_there_are(
         assert redis.scard("rq:workers:dit-tiny") == 10 * maintenance.CLEANERS
     worker.clean_registries()
     assert not redis.exists("rq:workers:dit-tiny")
+
+
+@pytest.mark.parametrize(("others", "every"), [(0, 0.01), (rq_worker.MANY - 1, 0.01), (100 - 1, 0.05), (4000 - 1, 2.0)])
+def test_many_workers_ask_together_as_often_as_a_few(redis: Redis, jobs: Any, worker: DiTWorker, others: int, every: float) -> None:
+    with redis.pipeline() as pipeline:
+        for number in range(others + 1):
+            pipeline.hset(f"rq:worker:{number}", "pid", 1)
+            pipeline.sadd("rq:workers:dit-tiny", f"rq:worker:{number}")
+        pipeline.execute()
+    worker.clean_registries()
+    assert worker._every(0.01) == pytest.approx(every)
 
 
 def test_two_cleaners_at_once_requeue_each_job_once(
