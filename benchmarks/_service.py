@@ -220,6 +220,12 @@ def facts(name: str) -> dict[str, Any]:
     }
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def end_on_sigterm() -> None:
     """SIGTERM ends the script as an exception does, so that it stops what it has started."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -265,9 +271,7 @@ class Service:
     name = "ours"
 
     def __init__(self, folder: Path, checkpoint: Path, device: str, compile: bool, **variables: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.folder, self.trace, self.log = folder, folder / "trace.jsonl", folder / "up.log"
         self.checkpoint = checkpoint.resolve()
         shell = {name: value for name, value in os.environ.items() if not name.startswith("DIT_")}
