@@ -1,6 +1,7 @@
 """Redis is killed under a running service and comes back after some seconds: what is told meanwhile, and that all goes on by itself."""
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ def routes(service: Any) -> list[tuple[str, str]]:
     return [(method, path.format(**names)) for path, methods in paths.items() for method in methods if (method, path) not in WITHOUT_REDIS]
 
 
-def follow(service: Any, job_id: str) -> tuple[list[tuple[str, str]], list[int]]:
+def follow(service: Any, job_id: str, listens: threading.Event | None = None) -> tuple[list[tuple[str, str]], list[int]]:
     """Id and name of every event to the last, as a client hears of them that comes back with the id it has; and each stream's status."""
     events: list[tuple[str, str]] = []
     answers: list[int] = []
@@ -56,6 +57,8 @@ def follow(service: Any, job_id: str) -> tuple[list[tuple[str, str]], list[int]]
         headers = {"Last-Event-ID": events[-1][0]} if events else {}
         with service.client.stream("GET", f"/jobs/{job_id}/events", headers=headers) as stream:
             answers.append(stream.status_code)
+            if listens:
+                listens.set()
             lines = [line.split(": ", 1) for line in stream.iter_lines() if line and not line.startswith(":")]
         told = [value for name, value in lines if name in ("id", "event")]
         events += zip(told[::2], told[1::2], strict=True)
@@ -70,7 +73,8 @@ def test_redis_away_is_told_everywhere_and_then_every_job_ends_once(
     jobs = [service.submit(**long_job), *(service.submit(class_label=i, num_images=2, seed=i) for i in range(4))]
     with ThreadPoolExecutor(1) as listener:
         service.running(jobs[0])
-        following = listener.submit(follow, service, jobs[0])
+        following = listener.submit(follow, service, jobs[0], listens := threading.Event())
+        assert listens.wait(TIMEOUT_S)
         kill(server)
         for method, path in (asked := routes(service)):
             body = {"json": {"class_label": 0}} if path == "/generate" else {}
