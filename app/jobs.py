@@ -172,25 +172,29 @@ class JobStore:
         return str(job_id.decode())
 
     async def _record(self, job_id: str, owner: str | None = EVERYBODY) -> dict[bytes, bytes]:
-        """The job's hash; 410 for an id that was ours and has expired, 404 for any other, and for a job of another owner.
+        """The job's hash. Problems as of `_found`."""
+        return (await self._found(job_id, owner))[0]
 
-        500 for one that cannot be shown: nothing of ours wrote that.
+    async def _found(self, job_id: str, owner: str | None) -> tuple[dict[bytes, bytes], dict[str, Any]]:
+        """The job's hash, and what is shown of it. 410 for an id that was ours and has expired, 404 for any other, and for a job of
+        another owner; 500 for one that cannot be shown: nothing of ours wrote that.
         """
         created = id_time(job_id)
         record = await self.redis.hgetall(protocol.job_key(job_id)) if created else {}
         if record and _may_see(record, owner):
-            if _view(job_id, record) is None:
+            if (view := _view(job_id, record)) is None:
                 raise Problem(500, f"the record of job {job_id} is damaged; the server's log says how")
-            return record
+            return record, view
         if not record and created and created < time.time() - self.result_ttl_s:
             raise Problem(410, f"job {job_id} has expired; results are kept for {self.result_ttl_s} s")
         raise Problem(404, f"there is no job {job_id[:60]!a}")
 
     async def get(self, job_id: str, owner: str | None = EVERYBODY) -> dict[str, Any]:
         """The job as `GET /jobs/{id}` shows it."""
-        record = await self._record(job_id, owner)
-        position, wait_s = await self._place(job_id, record) if record[b"status"].decode() == protocol.QUEUED else (None, None)
-        return job_view(job_id, record, position, wait_s)
+        record, view = await self._found(job_id, owner)
+        if view["status"] == protocol.QUEUED:
+            view["queue_position"], view["estimated_wait_s"] = await self._place(job_id, record)
+        return view
 
     async def _place(self, job_id: str, record: dict[bytes, bytes]) -> tuple[int | None, float | None]:
         """Jobs before one that waits, and the seconds that they will take, about: None where nobody measured how fast they go."""

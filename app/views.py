@@ -14,20 +14,20 @@ def iso(seconds: bytes | None) -> str | None:
     return datetime.fromtimestamp(float(seconds), UTC).isoformat(timespec="milliseconds") if seconds else None
 
 
-def job_view(job_id: str, record: Mapping[bytes, bytes], position: int | None = None, wait_s: float | None = None) -> dict[str, Any]:
-    """The job as `GET /jobs/{id}` shows it. `position` and `wait_s`: jobs before it and seconds until it starts, about, while it waits.
+def job_view(job_id: str, record: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """The job as `GET /jobs/{id}` shows it, but for its place in the queue, which the record does not tell.
 
     ValueError for a record that is damaged, or that JSON cannot say.
     """
     try:
-        view = _job_view(job_id, record, position, wait_s)
+        view = _job_view(job_id, record)
         json.dumps(view, ensure_ascii=False, allow_nan=False).encode()
     except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:  # OSError: of a time beyond all calendars
         raise ValueError(f"the record of job {job_id} is damaged: {ascii(error)[:300]}") from error
     return view
 
 
-def _job_view(job_id: str, record: Mapping[bytes, bytes], position: int | None, wait_s: float | None) -> dict[str, Any]:
+def _job_view(job_id: str, record: Mapping[bytes, bytes]) -> dict[str, Any]:
     status = record[b"status"].decode()
     if status not in protocol.STATUSES:
         raise ValueError("its status is none")
@@ -38,8 +38,8 @@ def _job_view(job_id: str, record: Mapping[bytes, bytes], position: int | None, 
     return {
         "id": job_id,
         "status": status,
-        "queue_position": position,
-        "estimated_wait_s": wait_s,
+        "queue_position": None,
+        "estimated_wait_s": None,
         "progress": {"step": step, "steps": request.steps},
         "request": public_request(request),
         "images": [{"url": f"{here}/images/{index}", "seed": seed, "sha256": sha256} for index, seed, sha256 in images],

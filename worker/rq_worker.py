@@ -26,8 +26,7 @@ log = logging.getLogger("dit.worker")
 
 LOOK_EVERY_S = 0.01  # into the queues, while jobs run and there is room for more
 TELL_EVERY_S = 0.1  # progress events and the look for cancels
-MANY = 20  # workers of a model, of which each then does both less often, so that all of them together look and tell …
-CALLS_PER_S = 2000  # … this often
+CALLS_PER_S = 2000  # of all workers of a model together, for each of both: of more than 20, each does it less often
 
 
 class DiTWorker(WorkerProcess):
@@ -67,8 +66,7 @@ class DiTWorker(WorkerProcess):
 
     def _every(self, seconds: float) -> float:
         """Of four thousand workers each looks every two seconds, and so one of them every half millisecond; idle ones are rung for."""
-        workers = self._maintenance.workers
-        return max(seconds, workers / CALLS_PER_S) if workers > MANY else seconds
+        return max(seconds, self._maintenance.workers / CALLS_PER_S)
 
     # Jobs that come.
 

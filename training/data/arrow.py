@@ -48,7 +48,7 @@ def _pyarrow() -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("Hugging Face datasets on disk are read by pyarrow: pip install 'dit[arrow]'") from error
+        raise ValueError("Hugging Face datasets on disk are read by pyarrow: pip install -e '.[arrow]'") from error
     return pyarrow
 
 
