@@ -1,20 +1,54 @@
-"""What the API answers, as frozen dataclasses with the names of its JSON. Fields that a newer server tells besides are left aside."""
+"""What the API answers, as frozen dataclasses with the names of its JSON. Fields that a newer server tells besides are left aside.
 
+Nothing else is: a seed becomes part of a file's name, a step of a sum, and the server may be anybody's.
+"""
+
+import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceling", "canceled"]
 FINAL = ("succeeded", "failed", "canceled")
+_MOST_IMAGES = 1000  # of a job; the API has a lower bound
 T = TypeVar("T")
 
 
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+
+
 def _known(kind: type[T], values: Mapping[str, Any], **parsed: Any) -> T:
-    """TypeError or AttributeError for what has not the fields that it must have."""
+    """TypeError or AttributeError for what has not the fields that it must have, or one of another type."""
     names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{**{name: value for name, value in values.items() if name in names}, **parsed})
+    found = kind(**{**{name: value for name, value in values.items() if name in names}, **parsed})
+    for name, hint in _hints(kind).items():
+        if not _fits(getattr(found, name), hint):
+            raise TypeError(f"{kind.__name__}.{name} is {ascii(getattr(found, name))[:60]}")
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether JSON's value has a field's type. A status that is not known yet is a string as any."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return isinstance(value, str)
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_fits(entry, inside[0]) for entry in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(entry, inside[1]) for entry in value.values())
+    if inside:  # a union
+        return any(_fits(value, one) for one in inside)
+    return type(value) in (int, float) if hint is float else type(value) is hint
+
+
+def _require_way(step: int, steps: int) -> None:
+    if not step >= 0 or not steps >= 1:
+        raise ValueError(f"step {step} of {steps} is none")
 
 
 def _time(text: str | None) -> datetime | None:
@@ -37,6 +71,9 @@ class Progress:
     step: int
     steps: int
 
+    def __post_init__(self) -> None:
+        _require_way(self.step, self.steps)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -57,13 +94,18 @@ class Job:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
-        return _known(
+        """ValueError, KeyError, TypeError or AttributeError for what is no job."""
+        job = _known(
             cls,
             data,
             progress=_known(Progress, data["progress"]),
             images=tuple(_known(Image, image) for image in data["images"]),
             **{name: _time(data[name]) for name in ("created_at", "started_at", "finished_at")},
         )
+        labels = job.class_labels
+        if not labels or not all(label is None or type(label) is int for label in labels):
+            raise ValueError("its request has no class of each picture")
+        return job
 
     @property
     def is_final(self) -> bool:
@@ -73,7 +115,10 @@ class Job:
     def class_labels(self) -> tuple[int | None, ...]:
         """Class index of each picture, None for an unconditional one."""
         label = self.request["class_label"]
-        return tuple(label) if isinstance(label, list) else (label,) * int(self.request["num_images"])
+        if isinstance(label, list):
+            return tuple(label)
+        count = self.request["num_images"]
+        return (label,) * (min(count, _MOST_IMAGES) if type(count) is int else 0)
 
 
 @dataclass(frozen=True)
@@ -121,6 +166,9 @@ class ProgressEvent(Event):
     step: int
     steps: int
 
+    def __post_init__(self) -> None:
+        _require_way(self.step, self.steps)
+
 
 @dataclass(frozen=True)
 class PreviewEvent(Event):
@@ -130,6 +178,9 @@ class PreviewEvent(Event):
     step: int
     steps: int
     image: str
+
+    def __post_init__(self) -> None:
+        _require_way(self.step, self.steps)
 
 
 @dataclass(frozen=True)
@@ -158,7 +209,9 @@ _EVENTS: dict[str, type[Event]] = {
 
 
 def parse_event(event_id: str, name: str, data: str) -> Event:
-    """ValueError, TypeError or AttributeError for what is no event of a job."""
+    """ValueError, TypeError, AttributeError or RecursionError for what is no event of a job."""
+    if not re.fullmatch("[!-~]{0,64}", event_id):  # it goes back as Last-Event-ID
+        raise ValueError(f"its id is {ascii(event_id)[:60]}")
     kind = _EVENTS.get(name, Event)
     return _known(kind, json.loads(data) if kind is not Event else {}, id=event_id)
 

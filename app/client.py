@@ -216,6 +216,8 @@ def _path(job_id: str) -> str:
 
 
 def _page(data: Any) -> tuple[list[Job], str | None]:
+    if not isinstance(data["next"], str | None):
+        raise TypeError("its cursor is no text")
     return [Job.parse(entry) for entry in data["jobs"]], data["next"]
 
 

@@ -164,6 +164,8 @@ class _Folder:
 
     def fetch(self, client: Client, job: Job, index: int, image: Image | ImageEvent, shown: Display) -> None:
         """Write it unless it is written. A picture of a running job that has gone with its worker comes again, and is left till then."""
+        if not 0 <= index < len(job.class_labels):
+            raise ClientError(f"the server tells of picture {index} of job {job.id}, which was asked for {len(job.class_labels)}")
         if self._written.get(index) == image.sha256:
             return
         try:
