@@ -156,11 +156,15 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise ValueError(f"no recipe {name_or_path!r}: give a TOML file or one of: {bundled}")
     try:
         document = tomllib.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     sections = {"data", "vae", "dit", "defaults"}
     if set(document) != sections:
         raise ValueError(f"{path} must have the sections {', '.join(sorted(sections))}; it has: {', '.join(sorted(document))}")
+    for section in (*sections, "vae.optimiser", "dit.optimiser"):
+        name, _, inner = section.partition(".")
+        if not isinstance(document[name].get(inner, {}) if inner else document[name], dict):
+            raise ValueError(f"{path}: {section} is no table; it begins with [{section}]")
     stages: dict[str, OptimiserConfig] = {
         stage: _build(OptimiserConfig, f"{stage}.optimiser", document[stage].pop("optimiser", {}), path) for stage in ("vae", "dit")
     }

@@ -1,6 +1,7 @@
 """IDX files, as MNIST and its kin come, and what other sets of small pictures in one file share with them."""
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
@@ -12,26 +13,47 @@ from torch import Tensor
 from training.config import DataConfig
 from training.data.dataset import Dataset, Split
 
+_MOST_VALUES = 1 << 33  # ten million pictures of 28 × 28
+_MOST_DIMENSIONS = 8
+_CHUNK = 1 << 20
+
 
 def find_idx(root: Path, name: str) -> Path | None:
     return next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), None)
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """One IDX file of unsigned bytes, gzipped or not. ValueError on a wrong header or length."""
-    raw = path.read_bytes()
+    """One IDX file of unsigned bytes, gzipped or not. ValueError on a wrong header or length.
+
+    What is zipped is unpacked as far as the header says and no further: a thousand times as much may be in it.
+    """
     try:
-        data = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            shape = _shape(path, file.read(4), file)
+            body = _read(file, math.prod(shape) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unzipped: {error}") from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
+    if len(body) != math.prod(shape):  # of Python's integers, which do not wrap around
+        raise ValueError(f"{path} says {shape} but holds {len(body)} values" + " or more" * (len(body) > math.prod(shape)))
+    return np.frombuffer(body, dtype=np.uint8).reshape(shape)
+
+
+def _shape(path: Path, begin: bytes, file: io.BufferedIOBase) -> tuple[int, ...]:
+    dimensions = file.read(4 * begin[3]) if len(begin) == 4 and begin[:3] == b"\0\0\x08" else b""
+    if not dimensions or len(dimensions) < 4 * begin[3]:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
-    dimensions = data[3]
-    shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
-    body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dimensions)
-    if body.size != math.prod(shape):  # of Python's integers, which do not wrap around
-        raise ValueError(f"{path} says {shape} but holds {body.size} values")
-    return body.reshape(shape)
+    shape = tuple(int.from_bytes(dimensions[i : i + 4], "big") for i in range(0, len(dimensions), 4))
+    if len(shape) > _MOST_DIMENSIONS or math.prod(shape) > _MOST_VALUES:
+        raise ValueError(f"{path} says {' × '.join(map(str, shape[:9]))}, more than {_MOST_VALUES} values or {_MOST_DIMENSIONS} dimensions")
+    return shape
+
+
+def _read(file: io.BufferedIOBase, most: int) -> bytearray:
+    """Up to so many bytes, with memory for those that there are."""
+    body = bytearray()
+    while len(body) < most and (chunk := file.read(min(_CHUNK, most - len(body)))):
+        body += chunk
+    return body
 
 
 def load_idx(root: Path, config: DataConfig) -> Dataset:
