@@ -103,7 +103,7 @@ def digest(key: bytes) -> str:
 def parse_keys(data: bytes) -> tuple[ApiKey, ...]:
     """ValueError for anything that is not a key file, with the place and what is allowed there."""
     try:
-        document = json.loads(data)
+        document = json.loads(data, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"must be JSON: {error}") from error
     if not isinstance(document, dict) or list(document) != ["keys"] or not isinstance(document["keys"], list):
@@ -111,6 +111,15 @@ def parse_keys(data: bytes) -> tuple[ApiKey, ...]:
     keys = tuple(_parse(number, entry) for number, entry in enumerate(document["keys"], 1))
     check_together(keys)
     return keys
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A key that is disabled and, further down, is not: one of the two was meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {max(names, key=names.count)[:40]!a} is there twice")
+    return found
 
 
 def _parse(number: int, entry: Any) -> ApiKey:

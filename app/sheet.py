@@ -14,7 +14,7 @@ def contact_sheet(pictures: Sequence[bytes]) -> bytes:
     """PNGs of one size → a PNG of all of them, row by row, about as wide as high. ValueError for none."""
     if not pictures:
         raise ValueError("a contact sheet needs a picture")
-    images = [Image.open(io.BytesIO(picture)) for picture in pictures]
+    images = [Image.open(io.BytesIO(picture), formats=["PNG"]) for picture in pictures]
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = images[0].size

@@ -102,6 +102,8 @@ def test_a_wrong_value_is_told_with_its_place_and_what_is_allowed_and_is_not_rep
         (b"\xff", "must be JSON"),
         (b"[" * 100_000, "must be JSON"),
         (b'{"keys": ' + b"9" * 5000 + b"}", "must be JSON"),
+        (file_of(ENTRY)[:-2] + b"], " + b'"keys": []}', "'keys' is there twice"),
+        (file_of(ENTRY).replace(b'"scope"', b'"disabled": true, "disabled": false, "scope"'), "'disabled' is there twice"),
         (b"null", 'one field, "keys"'),
         (b"[]", 'one field, "keys"'),
         (b'{"keys": {}}', 'one field, "keys"'),
