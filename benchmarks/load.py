@@ -28,6 +28,7 @@ from _wire import Wire
 from worker import protocol
 
 TTL_S = 15
+WARM_S = 90.0  # rq keeps its own records of a job a minute longer than its pictures live
 FLAT = Bound(mib=3, share=0.01)
 TIDY_S = 90.0  # after the last end, until nothing of the jobs may be left
 
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=120.0, help="that count")
-    parser.add_argument("--warm", type=float, default=45.0, help="seconds before")
+    parser.add_argument("--warm", type=float, default=WARM_S, help="seconds before")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--queue-limit", type=int, default=200)
     parser.add_argument("--steps", type=int, default=2)

@@ -20,7 +20,7 @@ def claims() -> list[tuple[str, str]]:
 
 
 @cache
-def tests_of(path: str) -> set[str]:
+def defined_in(path: str) -> set[str]:
     """Names of the functions at the top of a file of tests."""
     tree = ast.parse((ROOT / path).read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
@@ -35,8 +35,8 @@ def test_a_claim_has_its_test(claim: str, named: str) -> None:
     found = NAMED.findall(named)
     assert found and NAMED.sub("", named).strip() == "", "every name is one of a test"
     for path, name in found:
-        assert name in tests_of(path), f"{path} has no {name}"
+        assert name in defined_in(path), f"{path} has no {name}"
 
 
 def test_no_other_place_of_the_page_names_a_test_that_there_is_not() -> None:
-    assert all(name in tests_of(path) for path, name in NAMED.findall(PAGE.read_text()))
+    assert all(name in defined_in(path) for path, name in NAMED.findall(PAGE.read_text()))

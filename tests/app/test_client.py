@@ -16,7 +16,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, StreamingResponse
 from redis import Redis
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from app import jobs as api_jobs
 from app.client import (
@@ -380,6 +380,16 @@ def test_the_key_goes_as_a_bearer_token_and_not_without_one(wire: Any) -> None:
         with Client(f"{wire.url}/", key) as client:
             client.models()
     assert b"uthorization" not in wire.said[0] and b"uthorization: Bearer dit_secret-1\r\n" in wire.said[1]
+
+
+def test_a_server_elsewhere_is_not_shown_the_key(wire: Any, listen: Listen) -> None:
+    app = FastAPI()
+    app.add_route("/{path:path}", lambda request: RedirectResponse(f"{wire.url}{request.url.path}", 307), methods=["GET", "POST"])
+    with listen(app) as url, Client(url, "dit_secret-1") as client:
+        for call in (client.models, lambda: client.generate(0), lambda: client.image("x", 0)):
+            with pytest.raises(ApiError, match="answered 307"):
+                call()
+    assert wire.said == []
 
 
 @pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "schlüssel"])
