@@ -9,8 +9,8 @@ pictures are kept for a day after their end, or as long as the server is set to.
 
 Requests and answers are JSON. What is not said has a default, of the model or of the server, and the answer tells which it was, the seed
 too: a job's `request` can be posted again as it is, and gives the same pictures. What is said must be right: an unknown field, a field
-that is there twice, a number in quotes or a boolean in place of a number is refused and never guessed at. A body has at most 64 KiB.
-Times are RFC 3339 in UTC. An id is text.
+that is there twice, a number in quotes, a boolean in place of a number, 7.0 in place of 7: all of these are refused, and nothing is
+guessed at. A body has at most 64 KiB. Times are RFC 3339 in UTC. An id is text.
 
 A field that a later version tells besides may come at any time: leave aside what you do not know.
 

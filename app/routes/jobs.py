@@ -73,7 +73,7 @@ async def get_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONRe
     responses={
         200: told("It waited, and is canceled.", json_of("canceled")),
         202: {**told("It runs, and stops at its next step.", json_of("canceling")), "model": JobView},
-        **keyed_problems(*_UNKNOWN, "ended", "redis-disk"),
+        **keyed_problems(*_UNKNOWN, "ended", "redis-disk", "redis-replicas"),
     },
 )
 async def cancel_job(job_id: JobId, store: Store, caller: GenerateCaller) -> JSONResponse:

@@ -19,7 +19,7 @@ Model = Annotated[str, Path(max_length=100, description="Its id.", examples=[exa
 
 
 def _answers(state: str) -> Responses:
-    problems = keyed_problems("not-found", "body-too-large", "invalid-request", "redis-away", "redis-full", "redis-disk")
+    problems = keyed_problems("not-found", "body-too-large", "invalid-request", "redis-away", "redis-full", "redis-disk", "redis-replicas")
     return {200: told("The queue as it is now.", json_of(f"queue-{state}")), **problems}
 
 

@@ -26,7 +26,10 @@ async def healthz() -> dict[str, str]:
 @router.get(
     "/readyz",
     response_model=Readiness,
-    responses={200: told("It could.", json_of("ready")), **problems("redis-away", "redis-full", "redis-disk", "not-ready")},
+    responses={
+        200: told("It could.", json_of("ready")),
+        **problems("redis-away", "redis-full", "redis-disk", "redis-replicas", "not-ready"),
+    },
 )
 async def readyz(store: Store) -> dict[str, object]:
     """A picture could be made now: Redis takes writes, and a living worker serves a model whose queue is open."""
@@ -50,7 +53,7 @@ def why_not(queues: list[QueueState]) -> str:
     dependencies=[Depends(BEARER)],  # of any scope
     responses={
         200: told("Prometheus' text.", json_of("metrics", media_type="text/plain")),
-        **problems("key-needed", "rate-limit"),
+        **problems("key-needed", "rate-limit", "redis-away"),  # the last of a key with a rate, which is counted there
     },
 )
 async def metrics(store: Store, process: ProcessMetrics) -> Response:

@@ -122,6 +122,14 @@ def test_a_wrong_value_is_told_with_its_field_and_what_is_allowed(client: TestCl
     assert allowed in errors[field] and "got " in errors[field]
 
 
+@pytest.mark.parametrize("field", ["class_label", "steps", "block_cache", "seed", "num_images"])
+def test_a_whole_number_with_a_point_is_refused_and_the_description_says_so(client: TestClient, field: str) -> None:
+    """An integer in JSON Schema, which has no word against it: Schemathesis sent num_images 24.0 as a valid request."""
+    detail = refused(client, {"class_label": 0, field: 2.0})[field]
+    assert detail.startswith("must be a valid integer") and detail.endswith("; got 2.0")
+    assert "7.0 in place of 7" in client.get("/openapi.json").json()["info"]["description"]
+
+
 def test_the_members_of_a_union_are_told_in_one_line(client: TestClient) -> None:
     assert (
         refused(client, {"class_label": 0, "guidance_scale": "2"})["guidance_scale"] == 'must be a valid number or a valid integer; got "2"'

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from redis import Redis
 from starlette.testclient import TestClient
 
 from app import jobs
@@ -45,6 +46,39 @@ def test_every_call_is_503_with_a_time_to_come_back_while_redis_is_gone(
         assert client.get("/healthz").status_code == 200
         mortal_server.start()
         assert client.get("/models").status_code == 200
+
+
+def test_a_scrape_with_a_key_that_has_a_rate_is_503_while_redis_is_gone_and_with_another_it_is_not(
+    mortal_server: EmbeddedServer,
+    open_client: Callable[..., AbstractContextManager[TestClient]],
+    key_file: Path,
+    bearer: Callable[..., dict[str, str]],
+) -> None:
+    limited, unlimited = bearer(per_minute=60), bearer("prometheus")
+    with open_client(redis_url=mortal_server.url, api_keys_file=key_file) as client:
+        mortal_server.stop()
+        answer = client.get("/metrics", headers=limited)
+        assert (answer.status_code, answer.json()["type"]) == (503, "urn:dit:problem:redis-away")
+        assert client.get("/metrics", headers=unlimited).status_code == 200
+
+
+def test_every_call_that_writes_is_503_while_too_few_replicas_follow_redis(
+    client: TestClient, submit: Callable[..., str], redis: Redis
+) -> None:
+    job_id = submit()
+    redis.config_set("min-replicas-to-write", 1)
+    try:
+        answers = [
+            client.post("/generate", json={"class_label": 0}),
+            client.delete(f"/jobs/{job_id}"),
+            *(client.post(f"/queues/tiny/{action}") for action in ("pause", "drain", "resume")),
+            client.get("/readyz"),
+        ]
+    finally:
+        redis.config_set("min-replicas-to-write", 0)
+    for answer in answers:
+        assert (answer.status_code, answer.json()["type"]) == (503, "urn:dit:problem:redis-replicas"), answer.request.url
+    assert client.delete(f"/jobs/{job_id}").status_code == 200
 
 
 def test_a_redis_that_hangs_is_503_after_the_sockets_timeout(
