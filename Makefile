@@ -1,9 +1,9 @@
-# make run · make test · make check · make docs · make bench · make chaos · make hold · make clean        needs Python >= 3.11 with venv and pip
+# make run · make test · make check · make docs · make bench · make chaos · make hold · make fuzz · make clean   needs Python >= 3.11 with venv and pip
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test check docs bench chaos hold clean
+.PHONY: help run test check docs bench chaos hold fuzz clean
 
 help:
 	@echo "make run    set up and start everything on this machine; prints the URL"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench  pictures/s beside diffusers' DiTPipeline, overhead, and serving beside stock rq workers (about an hour)"
 	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 3 minutes)"
 	@echo "make hold   full load, a crowd of event streams, Redis gone for 30 s twice, a soak of 20 minutes (about 35 minutes)"
+	@echo "make fuzz   ten thousand requests by Schemathesis, with a report (the tests have the short form; takes some 8 minutes)"
 	@echo "make clean  remove what was set up (not .dit, which holds queued jobs)"
 
 # A stamp per set of packages, so that a second start installs nothing. torch comes first and by itself: pip takes the pinned build.
@@ -60,6 +61,9 @@ hold: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/streams.py
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/soak.py
+
+fuzz: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.e2e.fuzz.long
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis test-output
