@@ -17,9 +17,10 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
+from redis.asyncio.sentinel import SentinelManagedConnection as AsyncSentinelManagedConnection
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelManagedConnection
 
 SCHEME = "redis+sentinel"
 PORT = 26379
@@ -97,6 +98,24 @@ class _AsyncManager(AsyncSentinel):
             raise self._known.silent() from None
 
 
+class _Connection(SentinelManagedConnection):
+    """Asks for the primary whenever it connects. redis-py's own does not where a call is sent again, and goes to the old one: its #3874."""
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self._sock:
+            self.connect()
+        super().send_packed_command(command, check_health)
+
+
+class _AsyncConnection(AsyncSentinelManagedConnection):
+    """The same for asyncio."""
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self.is_connected:
+            await self.connect()
+        await super().send_packed_command(command, check_health)
+
+
 class _Shrinking(ConnectionPool):
     """redis-py's own keeps as many connections as there ever were at once, in the API one for each that watched a job."""
 
@@ -121,7 +140,7 @@ def connect(url: str, **options: Any) -> Redis:
         return Redis.from_url(url, **options)
     known = Sentinels.parse(url)
     once = {**known.of_a_sentinel(options), "retry": Retry(NoBackoff(), 0)}
-    return _Manager(known, sentinel_kwargs=once).master_for(known.name, **known.of_the_primary(options))
+    return _Manager(known, sentinel_kwargs=once).master_for(known.name, connection_class=_Connection, **known.of_the_primary(options))
 
 
 def connect_async(url: str, **options: Any) -> AsyncRedis:
@@ -131,7 +150,8 @@ def connect_async(url: str, **options: Any) -> AsyncRedis:
     known = Sentinels.parse(url)
     once = {**known.of_a_sentinel(options), "retry": AsyncRetry(NoBackoff(), 0)}
     manager = _AsyncManager(known, sentinel_kwargs=once)
-    return manager.master_for(known.name, connection_pool_class=_SentinelPool, **known.of_the_primary(options))
+    classes: dict[str, Any] = {"connection_pool_class": _SentinelPool, "connection_class": _AsyncConnection}
+    return manager.master_for(known.name, **classes, **known.of_the_primary(options))
 
 
 def _address(host: str) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from tests.deploy.compose import ROOT
 from tests.deploy.container import WAIT_S
 
+PAGE = (ROOT / "docs" / "operations.md").read_text()
 PASSWORD = "not much of a secret"
 PATIENCE_MS = 2000  # in place of what the page says, so that a test need not wait for long
 
@@ -32,8 +33,7 @@ def wait(holds: Callable[[], Any], what: str) -> Any:
 
 def blocks() -> dict[str, str]:
     """The page's files by name: redis.conf, sentinel.conf."""
-    page = (ROOT / "docs" / "operations.md").read_text()
-    return dict(re.findall(r"```conf\n# ([a-z]+\.conf)[^\n]*\n(.*?)```", page, re.DOTALL))
+    return dict(re.findall(r"```conf\n# ([a-z]+\.conf)[^\n]*\n(.*?)```", PAGE, re.DOTALL))
 
 
 class Group:

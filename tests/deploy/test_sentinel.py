@@ -1,6 +1,7 @@
 """The primary dies, its replica takes over: real Sentinels, a real worker, and the API and the commands beside them."""
 
 import asyncio
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,11 @@ from tests.chaos.processes import Process
 from tests.chaos.redis_server import MISSING
 from tests.chaos.tiny import picture_request, save_tiny
 from tests.chaos.worker import run
-from tests.deploy.sentinels import PASSWORD, Group, wait
+from tests.deploy.sentinels import PAGE, PASSWORD, Group, wait
 from tests.deploy.test_run import free_port
 from worker import protocol
 from worker.connect import connect, connect_async
+from worker.patience import Patience
 
 BODY = {"class_label": "dog", "seed": 3, "steps": 4}
 LONG = {"class_label": "cat", "seed": 5, "steps": 1000, "num_images": 4}
@@ -104,6 +106,27 @@ def test_jobs_outlast_a_failover(
     monkeypatch.setenv("DIT_REDIS_URL", group.url)
     monkeypatch.setenv("DIT_REDIS_PASSWORD_FILE", str(password))
     assert CliRunner().invoke(app, ["jobs", "dead"]).stdout == "no job was given up\n"
+
+
+def test_a_failover_that_an_operator_asks_for_loses_no_write(group: Group) -> None:
+    """The page's two commands: without the pause the old primary would take writes for some ten seconds more, which nobody gets."""
+    pause = re.search(r"redis-cli client pause (\d+) (\w+)", PAGE)
+    failover = re.search(r"redis-cli -p 26379 (sentinel failover mymaster)", PAGE)
+    assert pause and failover
+    group.meet()
+    group.follow()
+    with (
+        connect(group.url, password=PASSWORD, protocol=2, socket_timeout=1.0) as client,
+        Redis(port=group.ports[2], password=PASSWORD) as sentinel,
+    ):
+        client.set_retry(Patience(60))
+        done = int(client.incr("calls"))
+        group.primary.client_pause(int(pause[1]), all=pause[2] == "all")
+        sentinel.execute_command(*failover[1].split())
+        while Redis.info(group.replica, "replication")["role"] != "master":
+            done = int(client.incr("calls"))
+        assert client.incr("calls") == done + 1
+        assert int(group.replica.get("calls") or 0) == done + 1
 
 
 def test_what_the_replica_had_not_got_is_lost_and_the_api_says_so(group: Group) -> None:
