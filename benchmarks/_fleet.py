@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from worker.rq_worker import CALLS_PER_S, LOOK_EVERY_S, MANY
+from worker.rq_worker import CALLS_PER_S, LOOK_EVERY_S
 from worker.scheduler import Job, Picture, Scheduler
 
 SUBMIT_S = 0.003  # from the request until the job is queued, as the next of 2026-11-25-overhead.md
-WAKE_S = 0.002  # from then until an idle worker runs it
+RING_S = 0.0008  # from then until an idle worker has taken it, unless a busy one that looks does so before: benchmarks/ring.py
+START_S = 0.0012  # from then until it steps: 2 ms in all, see above
 ENCODE_S = 0.001  # of a last picture's PNG, when there is nothing else to do
 
 
@@ -98,7 +99,7 @@ class Fleet:
         batches = sorted(curve.decode_s)
         self._decode_s = [0.0] + [curve.decode_s[batches[bisect_left(batches, images)]] for images in range(1, largest + 1)]
         self._largest = largest
-        self._look_s = max(LOOK_EVERY_S, workers / CALLS_PER_S) if workers > MANY else LOOK_EVERY_S
+        self._look_s = max(LOOK_EVERY_S, workers / CALLS_PER_S)
         self.workers = [Worker(Scheduler(curve.max_rows, curve.slots)) for _ in range(workers)]
         self.queue: deque[tuple[str, Asked]] = deque()
 
@@ -113,7 +114,7 @@ class Fleet:
                 self.queue.append((str(number), job))
                 if idle:
                     order += 1
-                    heapq.heappush(clock, (job.at + SUBMIT_S + WAKE_S, order, idle.popleft()))
+                    heapq.heappush(clock, (job.at + SUBMIT_S + RING_S, order, idle.popleft()))
                 number, job = next(coming, (0, None))
                 continue
             now, _, worker = heapq.heappop(clock)
@@ -130,8 +131,8 @@ class Fleet:
 
     def _round(self, worker: Worker, now: float) -> tuple[float, list[Asked]]:
         """Seconds that it takes, and the jobs that end with it."""
-        scheduler = worker.scheduler
-        if now >= worker.look_at or not worker.jobs:
+        scheduler, starts = worker.scheduler, not worker.jobs
+        if now >= worker.look_at or starts:
             worker.look_at = now + self._look_s
             while self.queue and scheduler.wants_jobs:
                 self._take(worker, *self.queue.popleft())
@@ -142,7 +143,7 @@ class Fleet:
         for picture in dealt:
             picture.evaluation += 1
         finished = scheduler.done()[: self._largest]
-        took = self._step_s[rows] + self._decode_s[len(finished)]
+        took = self._step_s[rows] + self._decode_s[len(finished)] + (START_S if starts else 0.0)
         before, worker.decoded = worker.decoded, finished
         for picture in finished:
             scheduler.retire(picture)

@@ -21,8 +21,11 @@ from _service import Request, Service
 from redis import Redis
 
 from worker import protocol, scripts
+from worker.counts import stats_key
+from worker.stats import Stats
 
 CONNECTIONS = 48
+FRESH = uuid.uuid4().hex  # stands for what is new in each call
 _LINE = re.compile(r'^\d+\.\d+ \[\d+ (?P<who>[^\]]+)\] (?P<words>".*")$')
 _WORD = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|.)", re.DOTALL)
@@ -145,6 +148,18 @@ def _cpu_s(redis: Any) -> float:
     return float(info["used_cpu_user_main_thread"] + info["used_cpu_sys_main_thread"])
 
 
+def counts_of_two_seconds() -> list[Any]:
+    """What a busy worker adds with each beat: rounds of a few sizes, in about as many buckets as it then has, and pictures."""
+    stats = Stats()
+    for rows, seconds in ((4, 0.005), (8, 0.009), (16, 0.015), (24, 0.020), (32, 0.025)):
+        for name, value in (("tick_s", seconds), ("rows", rows), ("decode_s", seconds)):
+            stats.observe("any", name, value)
+    for name in ("images", "bucket_rows"):
+        stats.count("any", name)
+    (counts,) = stats.take().values()
+    return [len(counts), *(part for count in counts.items() for part in count)]
+
+
 def calls(redis: Any, model: str, leases: int) -> dict[str, list[bytes]]:
     """What workers do again and again, and what clients ask: each as its own code sends it, to records of jobs that run."""
     queue, job, execution = f"rq:queue:{protocol.queue_name(model)}", "a-job", "an-execution"
@@ -163,6 +178,15 @@ def calls(redis: Any, model: str, leases: int) -> dict[str, list[bytes]]:
         "asked whether canceled": [*progress, "", "", "{}", protocol.EVENTS_KEPT],
         f"a heartbeat with {leases} leases": ["EVALSHA", *beat, *([job, execution] * leases)],
         "a job asked for": ["HGETALL", protocol.job_key(job)],
+        "counts sent": [
+            "EVALSHA",
+            redis.script_load(scripts.ADD),
+            2,
+            protocol.sent_key("a"),
+            stats_key(model),
+            FRESH,
+            *counts_of_two_seconds(),
+        ],
         "an event read": ["XREAD", "COUNT", 10, "STREAMS", protocol.events_key(job), "0"],
     }
     return {name: [encoded([command])] for name, command in found.items()}

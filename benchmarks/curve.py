@@ -3,7 +3,7 @@
     python benchmarks/curve.py [--checkpoint DIR] [--device cuda] [--out curve.json]
 
 The worker's own engine, loaded and warmed up as `dit worker` does it, without Redis and API beside it. For each bucket of rows, guided
-pictures (and a plain one where the rows are odd) step `--rounds` times: the mean of a round, of three such runs the median. A decode is
+pictures (and a plain one where the rows are odd) step `--rounds` times: the mean of a round, of seven such runs the median. A decode is
 measured to its end.
 """
 
@@ -26,7 +26,7 @@ from worker.models import OneModel
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.runner import Runner
 
-RUNS = 3
+RUNS = 7
 WARM = 5  # rounds that do not count
 
 
@@ -48,18 +48,20 @@ def engine_with(runner: Runner, rows: int, rounds: int) -> Engine:
     return engine
 
 
-def round_s(runner: Runner, rows: int, rounds: int) -> float:
-    """Seconds; of CUDA too, since its loop runs ahead by two rounds at most."""
-    engine = engine_with(runner, rows, WARM + RUNS * rounds + 1)
+def round_s(engine: Engine, rounds: int) -> float:
+    """Seconds of one; of CUDA too, since its loop runs ahead by two rounds at most."""
     for _ in range(WARM):
         engine.tick()
-    means = []
-    for _ in range(RUNS):
-        began = time.perf_counter()
-        for _ in range(rounds):
-            engine.tick()
-        means.append((time.perf_counter() - began) / rounds)
-    return statistics.median(means)
+    began = time.perf_counter()
+    for _ in range(rounds):
+        engine.tick()
+    return (time.perf_counter() - began) / rounds
+
+
+def rounds_s(runner: Runner, rounds: int) -> dict[int, float]:
+    """Rows → seconds. Each run has all sizes, one after the other: what else the machine does for a while spoils a run, and no size."""
+    runs = [{rows: round_s(engine_with(runner, rows, WARM + rounds + 1), rounds) for rows in runner.buckets} for _ in range(RUNS)]
+    return {rows: round(statistics.median(run[rows] for run in runs), 6) for rows in runner.buckets}
 
 
 def decode_s(runner: Runner, images: int) -> float:
@@ -67,7 +69,7 @@ def decode_s(runner: Runner, images: int) -> float:
     engine.tick()
     (lane,) = engine.lanes.values()
     (picture,) = next(iter(lane.scheduler.jobs.values())).running
-    times = [elapsed(lambda: runner.decode([picture] * images).result(), runner.device) for _ in range(2 * RUNS)]
+    times = [elapsed(lambda: runner.decode([picture] * images).result(), runner.device) for _ in range(RUNS)]
     return statistics.median(times[1:])
 
 
@@ -87,7 +89,7 @@ def main() -> None:
         "checkpoint": f"{options.checkpoint.name} {runner.checkpoint.hash[:12]}",
         "max_rows": runner.max_rows,
         "slots": runner.slots,
-        "step_s": {rows: round(round_s(runner, rows, options.rounds), 6) for rows in runner.buckets},
+        "step_s": rounds_s(runner, options.rounds),
         "decode_s": {images: round(decode_s(runner, images), 6) for images in runner.decode_buckets},
     }
     text = json.dumps({**curve, **{name: said[name] for name in ("command", "commit", "torch", "date")}}, indent=1)

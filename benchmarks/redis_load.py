@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _replay import calls, record_job, saturate
+from _replay import FRESH, calls, record_job, saturate
 from _service import BUNDLED, Request, Service, child, draw_requests, end_on_sigterm, facts, free_port, running_service
 from redis import Redis
 from redis.exceptions import RedisError
@@ -40,7 +40,7 @@ from worker import protocol
 from worker.heart import RENEW_EVERY_S
 from worker.maintenance import Maintenance
 from worker.rq_process import MAINTENANCE_EVERY_S
-from worker.rq_worker import CALLS_PER_S, LOOK_EVERY_S, MANY, TELL_EVERY_S
+from worker.rq_worker import CALLS_PER_S, LOOK_EVERY_S, TELL_EVERY_S
 
 FULL = 0.7  # of a core; beyond, whoever asks waits
 LEASES = 6  # jobs of a busy worker: what serving.py has at 80 % of capacity, about
@@ -169,7 +169,7 @@ def full(redis: Any, model: str, trips: Sequence[bytes], named: Sequence[bytes],
     found = {"a job of 2 pictures, progress aside": saturate(redis, trips, named, seconds)}
     if redis.zcard(protocol.JOBS_KEY) - before < 0.9 * found["a job of 2 pictures, progress aside"]["times"]:
         raise RuntimeError("Redis refused some of the jobs that were sent again: it is full")
-    found |= {name: saturate(redis, call, [], seconds) for name, call in calls(redis, model, LEASES).items()}
+    found |= {name: saturate(redis, call, [FRESH.encode()], seconds) for name, call in calls(redis, model, LEASES).items()}
     maintenance = Maintenance(redis)
     start = Reading.now(redis)
     queue = Queue(protocol.queue_name(model), connection=redis, serializer=JSONSerializer)
@@ -183,10 +183,11 @@ def share(us: dict[str, float], workers: int) -> float:
     """Of one core of Redis: workers that have LEASES jobs each, of which none begins or ends."""
 
     def every(seconds: float) -> float:
-        return max(seconds, workers / CALLS_PER_S) if workers > MANY else seconds
+        return max(seconds, workers / CALLS_PER_S)
 
     looks, tells = us["a look into the queue"] / every(LOOK_EVERY_S), LEASES * us["progress told"] / every(TELL_EVERY_S)
-    kept = us[f"a heartbeat with {LEASES} leases"] / RENEW_EVERY_S + us["maintenance"] / MAINTENANCE_EVERY_S
+    beats = (us[f"a heartbeat with {LEASES} leases"] + us["counts sent"]) / RENEW_EVERY_S
+    kept = beats + us["maintenance"] / MAINTENANCE_EVERY_S
     return workers * (looks + tells + kept) / 1e6
 
 
