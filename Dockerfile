@@ -8,15 +8,15 @@ ENV PATH=/opt/dit/bin:$PATH \
 RUN python -m venv /opt/dit
 # Folders that are written belong to who writes them; a new volume takes over the owner and what is in it.
 RUN useradd --uid 10001 --user-group --create-home dit \
- && install --directory --owner dit --group dit /data /checkpoints /keys
+ && install --directory --owner dit --group dit /data /checkpoints /keys /pictures
 WORKDIR /src
 # The packages of pyproject.toml are named without being there: what is installed for now is what they depend on.
 COPY pyproject.toml constraints.txt ./
-RUN touch README.md && mkdir -p app/commands app/routes model worker training/data
+RUN touch README.md && mkdir -p app/commands app/routes model worker/stores training/data
 
 FROM python AS api-packages
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt . && pip uninstall --yes dit
+    pip install --constraint constraints.txt '.[s3]' && pip uninstall --yes dit
 COPY . .
 RUN pip install --no-deps .
 
@@ -26,7 +26,7 @@ ARG PIP_EXTRA_INDEX_URL
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt torch
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt '.[training]' && pip uninstall --yes dit
+    pip install --constraint constraints.txt '.[training,s3]' && pip uninstall --yes dit
 COPY . .
 RUN pip install --no-deps .
 

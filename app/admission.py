@@ -22,11 +22,13 @@ from worker.protocol import GenerationRequest
 _RQ_RETRIES = 1_000_000  # never the limit: our own counts attempts, and rq's, which `rq info` applies too, would end jobs behind our back
 _PICTURE_EXTRA_BYTES = 4096  # what a PNG has besides its pixels: the request inside it, headers
 
-# KEYS the model's queue, its gate. ARGV job id, owner, bytes reserved, jobs that may wait, jobs that the owner may have in flight ('' for
+# KEYS the model's queue, its gate, and, if its pictures go into an image store, the jobs there and the sum of their bytes. ARGV job id,
+# owner, bytes reserved in Redis, jobs that may wait, jobs that the owner may have in flight ('' for
 # any number), bytes that may be reserved in all, seconds that results live, key of the Idempotency-Key ('' for none), fingerprint of the
-# body, then the commands that make the job: for each the number of its words, and they.
-# → {'queued', jobs before it}, {'same', job id}, {'another body'}, {'draining'}, {'queue', waiting}, {'in flight', count}, {'bytes', used,
-# seconds until some may be free}. A refusal writes nothing of the job.
+# body, bytes in the image store, bytes that may be reserved there in all, then the commands that make the job: for each the number of its
+# words, and they.
+# → {'queued', jobs before it}, {'same', job id}, {'another body'}, {'draining'}, {'queue', waiting}, {'in flight', count}, {'bytes' or
+# 'stored', used, seconds until some may be free}. A refusal writes nothing of the job.
 SUBMIT = (
     "#!lua\n"
     + protocol.FORGET
@@ -54,13 +56,17 @@ if ARGV[5] ~= '' then
   local count = redis.call('SCARD', active)
   if count >= tonumber(ARGV[5]) then return {'in flight', count} end
 end
-local used = tonumber(redis.call('GET', 'dit:bytes')) or 0
-if used + bytes > tonumber(ARGV[6]) then
-  local first = redis.call('ZRANGE', 'dit:books', 0, 0, 'WITHSCORES')
-  return {'bytes', used, math.ceil(math.max(1, (tonumber(first[2]) or now) - now))}
+local function full(verdict, sum, jobs, more, limit)
+  local used = tonumber(redis.call('GET', sum)) or 0
+  if used + more <= tonumber(limit) then return nil end
+  local first = redis.call('ZRANGE', jobs, 0, 0, 'WITHSCORES')
+  return {verdict, used, math.ceil(math.max(1, (tonumber(first[2]) or now) - now))}
 end
-local at = 11
-for _ = 1, tonumber(ARGV[10]) do
+local no_room = full('bytes', 'dit:bytes', 'dit:books', bytes, ARGV[6])
+if KEYS[3] and not no_room then no_room = full('stored', KEYS[4], KEYS[3], tonumber(ARGV[10]), ARGV[11]) end
+if no_room then return no_room end
+local at = 13
+for _ = 1, tonumber(ARGV[12]) do
   local last = at + tonumber(ARGV[at])
   redis.call(unpack(ARGV, at + 1, last))
   at = last + 1
@@ -70,6 +76,10 @@ if owner ~= '' then redis.call('ZADD', 'dit:jobs:' .. owner, 0, id) end
 if ARGV[5] ~= '' then redis.call('SADD', active, id) end
 redis.call('ZADD', 'dit:books', now + tonumber(ARGV[7]), id .. '|' .. owner .. '|' .. bytes)
 redis.call('INCRBY', 'dit:bytes', bytes)
+if KEYS[3] then
+  redis.call('ZADD', KEYS[3], now + tonumber(ARGV[7]), id .. '|' .. ARGV[10])
+  redis.call('INCRBY', KEYS[4], ARGV[10])
+end
 if idempotency ~= '' then
   redis.call('HSET', idempotency, 'body', ARGV[9], 'job', id)
   redis.call('EXPIRE', idempotency, ARGV[7])
@@ -81,10 +91,11 @@ return {'queued', waiting}
 
 @dataclass(frozen=True)
 class Limits:
-    """What Redis may be asked to hold."""
+    """What Redis, and an image store, may be asked to hold."""
 
     queue: int  # jobs that may wait, of each model
-    image_bytes: int  # that the pictures of all jobs may take
+    redis_bytes: int  # that the pictures and previews of all jobs may take in Redis
+    store_bytes: int = 0  # that pictures may take in the image store
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,9 @@ class Submission:
     request: GenerationRequest
     record: dict[Any, Any]  # fields of `dit:job:<id>`
     result_ttl_s: int
-    image_bytes: int  # the most that its pictures can take
+    redis_bytes: int  # the most that its pictures and previews can take in Redis
+    store: str = ""  # mark of the image store that its pictures go to; empty: Redis
+    store_bytes: int = 0  # the most that they can take there
     owner: str = ""
     in_flight: int | None = None  # jobs that the owner may have
     idempotency: str = ""  # the Redis key of an Idempotency-Key
@@ -121,15 +134,20 @@ class Admission:
 
         It is sent once: where the answer is lost, the client is told 503, and a job that was queued all the same runs and expires.
         """
-        if job.image_bytes > self.limits.image_bytes:
-            raise Problem(422, f"its pictures may take {job.image_bytes} bytes, and {self.limits.image_bytes} are there for all jobs")
+        for wanted, room in ((job.redis_bytes, self.limits.redis_bytes), (job.store_bytes, self.limits.store_bytes)):
+            if wanted > room:
+                raise Problem(422, f"its pictures may take {wanted} bytes, and {room} are there for all jobs")
         queue = await self._queue(job.request.model)
         commands = self._commands(job, queue)
         words: list[Any] = [word for command in commands for word in (len(command), *command)]
-        limits = [self.limits.queue, "" if job.in_flight is None else job.in_flight, self.limits.image_bytes, job.result_ttl_s]
-        arguments = [job.job_id, job.owner, job.image_bytes, *limits, job.idempotency, job.fingerprint, len(commands), *words]
+        limits = [self.limits.queue, "" if job.in_flight is None else job.in_flight, self.limits.redis_bytes, job.result_ttl_s]
+        stored = [job.store_bytes, self.limits.store_bytes]
+        arguments = [job.job_id, job.owner, job.redis_bytes, *limits, job.idempotency, job.fingerprint, *stored, len(commands), *words]
+        keys = [queue.key, protocol.gate_key(job.request.model)]
+        if job.store:
+            keys += [protocol.kept_key(job.store), protocol.kept_bytes_key(job.store)]
         try:
-            verdict, *told = await self._submit([queue.key, protocol.gate_key(job.request.model)], arguments)
+            verdict, *told = await self._submit(keys, arguments)
         except ResponseError as error:
             if problem := refusal(error):
                 raise problem from error
@@ -154,7 +172,9 @@ class Admission:
         if verdict == "in flight":
             detail = f"this key has {told[0]} jobs that have not ended, and {job.in_flight} may be; try again when one has"
             raise Problem(429, detail, kind="too-many-jobs", retry_after_s=5)
-        detail = f"pictures take {told[0]} of {self.limits.image_bytes} bytes, too many for {job.image_bytes} more; they expire in time"
+        in_store = verdict == "stored"
+        room, more = (self.limits.store_bytes, job.store_bytes) if in_store else (self.limits.redis_bytes, job.redis_bytes)
+        detail = f"pictures take {told[0]} of {room} bytes, too many for {more} more; they expire in time"
         raise Problem(429, detail, kind="storage-full", retry_after_s=min(int(told[1]), 3600))
 
     async def _queue(self, model: str) -> Queue:

@@ -101,7 +101,8 @@ _METRICS = (
 
 
 def _queue(state: str) -> dict[str, Any]:
-    return {"model": MODEL_ID, "state": state, "waiting": 3, "running": 2, "workers": 1, "served": True, "oldest_s": 1.4}
+    counts = {"waiting": 3, "running": 2, "workers": 1, "troubled": 0}
+    return {"model": MODEL_ID, "state": state, **counts, "served": True, "oldest_s": 1.4}
 
 
 ANSWERS = {

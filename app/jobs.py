@@ -18,11 +18,13 @@ from rq.job import Job
 
 from app.admission import Admission, Limits, Submission, other_body
 from app.logs import REQUEST_ID
+from app.pictures import Pictures
 from app.problems import Problem
 from app.server_sent import read_event
 from app.views import job_view, work
 from worker import protocol
 from worker.protocol import FINAL, GenerationRequest, ModelRecord
+from worker.stores import ROOM_BYTES, ImageStore
 
 log = logging.getLogger("dit.api")
 
@@ -90,6 +92,7 @@ class Terms(TypedDict, total=False):
     """On which a job is submitted."""
 
     image_bytes: int  # the most that its pictures can take
+    preview_bytes: int  # and its previews, which are kept in Redis
     previews: bool
     owner: str
     in_flight: int | None  # jobs that the owner may have
@@ -99,11 +102,22 @@ class Terms(TypedDict, total=False):
 class JobStore:
     """All that the API knows of jobs and models. The synchronous client is for rq, which has no other."""
 
-    def __init__(self, sync: Redis, connection: AsyncRedis, *, queue_limit: int, result_ttl_s: int, image_bytes: int = 1 << 30) -> None:
-        """`queue_limit`: jobs that may wait, of each model. `image_bytes`: that the pictures of all jobs may take."""
+    def __init__(
+        self,
+        sync: Redis,
+        connection: AsyncRedis,
+        *,
+        queue_limit: int,
+        result_ttl_s: int,
+        image_bytes: int = ROOM_BYTES["redis"],
+        images: ImageStore | None = None,
+    ) -> None:
+        """`queue_limit`: jobs that may wait, of each model. `images`: where pictures go, or Redis; `image_bytes`: that they may take."""
         self.redis: Any = connection  # its answers are bytes here, which its types do not say
         self.result_ttl_s = result_ttl_s
-        self.admission = Admission(sync, connection, Limits(queue_limit, image_bytes))
+        self.pictures = Pictures(self.redis, images)
+        limits = Limits(queue_limit, ROOM_BYTES["redis"], image_bytes) if images else Limits(queue_limit, image_bytes)
+        self.admission = Admission(sync, connection, limits)
         self._cancel, self._ahead = connection.register_script(protocol.CANCEL), connection.register_script(_AHEAD)
 
     async def models(self) -> list[ModelRecord]:
@@ -118,7 +132,7 @@ class JobStore:
         429 when the queue, the owner's share or the room for pictures is full, 422 for a key that came with another body, 503 when Redis
         can take nothing.
         """
-        job = self.submission(new_id(), request, checkpoint, **terms)
+        job = self.submission(new_id(), request, checkpoint, store=await self.pictures.mark(), **terms)
         job_id = await self.admission.submit(job)
         log.info("job %s %s", job_id, "waits" if job_id == job.job_id else "was submitted before", extra={"job_id": job_id})
         return job_id
@@ -129,13 +143,15 @@ class JobStore:
         request: GenerationRequest,
         checkpoint: str,
         *,
+        store: str = "",
         image_bytes: int = 0,
+        preview_bytes: int = 0,
         previews: bool = False,
         owner: str = "",
         in_flight: int | None = None,
         key: Key | None = None,
     ) -> Submission:
-        """What `submit` hands to the admission."""
+        """What `submit` hands to the admission. `store`: mark of the image store, empty for Redis."""
         record: dict[Any, Any] = {
             "version": protocol.VERSION,
             "status": protocol.QUEUED,
@@ -150,16 +166,20 @@ class JobStore:
         }
         if request_id := REQUEST_ID.get():
             record["request_id"] = request_id
+        if store:
+            record["store"] = store
         return Submission(
             job_id,
             request,
             record,
             self.result_ttl_s,
-            image_bytes,
-            owner,
-            in_flight,
-            protocol.idempotency_key(owner, _digest(key.value)) if key else "",
-            key.fingerprint if key else "",
+            redis_bytes=preview_bytes if store else image_bytes + preview_bytes,
+            store=store,
+            store_bytes=image_bytes if store else 0,
+            owner=owner,
+            in_flight=in_flight,
+            idempotency=protocol.idempotency_key(owner, _digest(key.value)) if key else "",
+            fingerprint=key.fingerprint if key else "",
         )
 
     async def made_before(self, key: Key, owner: str = "") -> str | None:
@@ -246,9 +266,9 @@ class JobStore:
     async def image(self, job_id: str, index: int, owner: str | None = EVERYBODY) -> tuple[bytes, str]:
         """PNG bytes and sha256; a running job's finished pictures are served too. 404 while there is none."""
         record = await self._record(job_id, owner)
-        execution = record.get(b"execution", b"").decode()
-        data = await self.redis.get(protocol.image_key(job_id, execution, index)) if execution else None
+        (data,) = await self.pictures.read(job_id, record, [index])
         if data is None:
+            self._is_not_lost(job_id, record, [index])
             count = GenerationRequest.parse(record[b"request"].decode()).num_images
             state = record[b"status"].decode()
             raise Problem(404, f"job {job_id} has no picture {index}: it is {state} and was asked for {count}, numbered from 0")
@@ -260,11 +280,15 @@ class JobStore:
         status = record[b"status"].decode()
         if status != protocol.SUCCEEDED:
             raise Problem(409, f"job {job_id} has not succeeded: it is {status}", kind="not-succeeded")
-        execution, entries = record[b"execution"].decode(), json.loads(record[b"images"])
-        found = await self.redis.mget([protocol.image_key(job_id, execution, entry["index"]) for entry in entries])
-        if None in found:
+        found = await self.pictures.read(job_id, record, indexes := _committed(record))
+        self._is_not_lost(job_id, record, [index for index, data in zip(indexes, found, strict=True) if data is None])
+        return [data for data in found if data is not None]
+
+    def _is_not_lost(self, job_id: str, record: dict[bytes, bytes], missing: Sequence[int]) -> None:
+        """410 if one that is not where it should be was there."""
+        if set(missing) & set(_committed(record)):
+            log.error("pictures of job %s are gone, and its record is not", job_id, extra={"job_id": job_id})
             raise Problem(410, f"the pictures of job {job_id} have expired; results are kept for {self.result_ttl_s} s")
-        return list(found)
 
     async def events(self, job_id: str, after: str = "0", owner: str | None = EVERYBODY) -> AsyncIterator[Event | None]:
         """Every event after a stream id, then new ones as they come, to `done`; None now and then, so that the caller can ping."""
@@ -328,6 +352,11 @@ def _view(job_id: str, record: dict[bytes, bytes]) -> dict[str, Any] | None:
     except ValueError as error:
         log.error("%s", error, extra={"job_id": job_id})
         return None
+
+
+def _committed(record: dict[bytes, bytes]) -> list[int]:
+    """Indexes of the pictures of a job that has succeeded."""
+    return [entry["index"] for entry in json.loads(record.get(b"images") or "[]")]
 
 
 def _digest(text: str) -> str:

@@ -155,6 +155,22 @@ KINDS = {
             retry_after_s=5,
         ),
         Kind(
+            "store-away",
+            503,
+            "pictures cannot be stored or read now",
+            "the image store does not answer; try again shortly",
+            f"{_JOB}/images/0",
+            retry_after_s=5,
+        ),
+        Kind(
+            "other-store",
+            503,
+            "the pictures are in an image store that this server does not read: a mistake of whoever runs it",
+            f"the pictures of job {_JOB_ID} are in an image store that this server does not read; whoever runs it has to mend that",
+            f"{_JOB}/images/0",
+            retry_after_s=60,
+        ),
+        Kind(
             "streams-full",
             503,
             "as many event streams are open as may",

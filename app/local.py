@@ -29,6 +29,7 @@ from app.imports import checkpoint_folder
 from app.settings import Settings, load_settings
 from worker import protocol
 from worker.connect import connect
+from worker.stores import StoreRefusal, StoreTrouble, open_store, open_to_write
 
 CONFIGURATION_ERROR = 78  # exit status of a child that would fail again in the same way (sysexits.h)
 PARENT = "DIT_SUPERVISOR"  # environment: the supervisor's process id, for end_with_supervisor()
@@ -149,6 +150,7 @@ def up(settings: Settings, model: str | None = None) -> None:
         chosen = _serving(settings, model, stop) if model is not None else settings
         if not stop.is_set():
             _check_registry(chosen.checkpoints)
+            _check_store(chosen.image_store)
             _run(chosen, children, stop)
     finally:
         lock.close()
@@ -256,6 +258,20 @@ def _check_registry(registry: Path) -> None:
     found = [p.parent for pattern in ("*/checkpoint.json", "*/latest") for p in registry.glob(pattern)]
     if not found:
         raise StartError(f"no checkpoint in {registry.resolve()}; DIT_CHECKPOINTS names the folder that holds one sub-folder per model")
+
+
+def _check_store(address: str) -> None:
+    """Here, since the API only reads and may be the first; one that is away may come."""
+    try:
+        store = open_store(address)
+        if store:
+            open_to_write(store)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    except StoreRefusal as error:
+        raise StartError(f"pictures cannot be kept in {error}; DIT_IMAGE_STORE names another place") from error
+    except StoreTrouble as error:
+        say(f"image store {error}; it may come")
 
 
 def _check_port(host: str, port: int) -> None:

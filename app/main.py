@@ -13,11 +13,13 @@ from app.auth import KeyFile
 from app.jobs import CONNECTION, JobStore
 from app.limits import RateLimiter
 from app.metrics import Metrics
+from app.pictures import open_to_read
 from app.routes import generate, jobs, models, queues, system
 from app.seen import Seen
 from app.settings import Settings
 from app.watchers import Watchers
 from worker.connect import connect, connect_async
+from worker.stores import open_store
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -26,6 +28,8 @@ def create_app(settings: Settings) -> FastAPI:
         raise ValueError("DIT_REDIS_URL must be set for the API alone (`dit up` brings a server of its own)")
     url, options = settings.redis_url, {**CONNECTION, "password": settings.redis_password}
     keys = None if settings.api_keys_file is None else KeyFile(settings.api_keys_file)
+    images = open_store(settings.image_store)
+    open_to_read(images)
 
     sync = connect(url, **options)
 
@@ -37,10 +41,12 @@ def create_app(settings: Settings) -> FastAPI:
             connection,
             queue_limit=settings.queue_limit,
             result_ttl_s=settings.result_ttl,
-            image_bytes=settings.image_bytes,
+            image_bytes=settings.room_bytes,
+            images=images,
         )
         app.state.limiter, app.state.watchers = RateLimiter(connection), Watchers()
         yield
+        app.state.jobs.pictures.close()
         await connection.aclose()
         sync.close()
 
@@ -61,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.mount("/static/swagger", StaticFiles(directory=swagger_folder()), name="swagger")
     app.mount("/static", StaticFiles(directory=system.STATIC), name="static")
     openapi.install(app, keyed=keys is not None)
-    _watch(app, Metrics(settings.queue_limit, settings.image_bytes))
+    _watch(app, Metrics(settings.queue_limit, settings.room_bytes))
     return app
 
 

@@ -57,11 +57,14 @@ class Metrics:
         Gauge("dit_image_bytes_limit", "Bytes that the pictures of all jobs may take.", registry=self.registry).set(image_bytes)
         ProcessCollector(registry=self.registry)
 
-    async def scrape(self, redis: Any) -> bytes:
-        """The text that Prometheus reads. Where Redis is away: `dit_redis_up 0`, and what this process knows by itself."""
+    async def scrape(self, redis: Any, bytes_key: str) -> bytes:
+        """The text that Prometheus reads. Where Redis is away: `dit_redis_up 0`, and what this process knows by itself.
+
+        `bytes_key`: of the sum of what is reserved for pictures.
+        """
         try:
             async with asyncio.timeout(REDIS_S):
-                seen: Told | None = await look(redis)
+                seen: Told | None = await look(redis, bytes_key)
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             log.warning("metrics: Redis: %s", error or "it does not answer")
             seen = None
@@ -79,11 +82,11 @@ class Told:
     stats: dict[str, Stats] = field(default_factory=dict)  # by model
 
 
-async def look(redis: Any) -> Told:
+async def look(redis: Any, bytes_key: str) -> Told:
     """In two round trips. Raises RedisError."""
     async with redis.pipeline(transaction=False) as pipeline:
         pipeline.eval(LOOK, 0)
-        pipeline.get(protocol.BYTES_KEY)
+        pipeline.get(bytes_key)
         pipeline.zcard(protocol.DEAD_KEY)
         pipeline.info("memory")
         told, image_bytes, dead, memory = await pipeline.execute()
@@ -125,6 +128,7 @@ def _of_queues(queues: Iterable[QueueState]) -> Iterator[Metric]:
         "dit_queue_draining": ("1 while no job is accepted.", lambda queue: queue.state == DRAINING),
         "dit_jobs_running": ("Jobs under a lease.", lambda queue: queue.running),
         "dit_workers": ("Workers of it that are alive.", lambda queue: queue.workers),
+        "dit_workers_troubled": ("Those of them that cannot store pictures.", lambda queue: queue.troubled),
     }
     for name, (text, value) in told.items():
         yield _gauge(name, text, [((queue.model,), value(queue)) for queue in queues], ["model"])

@@ -12,7 +12,7 @@ SUSPENDED = "suspended"  # what `rq suspend` makes of every open queue
 STATES = (OPEN, PAUSED, DRAINING)  # that an operator may choose
 
 # → for each model that was ever served: its id, the state of its queue, jobs that wait, jobs under a lease, workers that were heard of
-# within LEASE_S, 1 if it is served, the age in seconds of the next job to run.
+# within LEASE_S, those of them that cannot store pictures, 1 if it is served, the age in seconds of the next job to run.
 _LOOK = f"""
 local time = redis.call('TIME')
 local now, told = tonumber(time[1]) + tonumber(time[2]) / 1e6, {{}}
@@ -20,17 +20,20 @@ local otherwise = redis.call('EXISTS', 'rq:suspended') == 1 and '{SUSPENDED}' or
 local models = redis.call('SMEMBERS', 'dit:models')
 table.sort(models)
 for _, model in ipairs(models) do
-  local queue, workers, oldest = 'rq:queue:dit-' .. model, 0, 0
+  local queue, workers, troubled, oldest = 'rq:queue:dit-' .. model, 0, 0, 0
   for _, worker in ipairs(redis.call('SMEMBERS', 'rq:workers:dit-' .. model)) do
-    if redis.call('TTL', worker) > {WORKER_TTL_S - LEASE_S} then workers = workers + 1 end
+    if redis.call('TTL', worker) > {WORKER_TTL_S - LEASE_S} then
+      workers = workers + 1
+      if (redis.call('HGET', worker, 'trouble') or '') ~= '' then troubled = troubled + 1 end
+    end
   end
   local first = redis.call('LINDEX', queue, 0)
   local created = first and tonumber(redis.call('HGET', 'dit:job:' .. first, 'created_at'))
   if created then oldest = math.max(0, now - created) end
   table.insert(told, {{
     model, redis.call('GET', 'dit:gate:' .. model) or otherwise, redis.call('LLEN', queue),
-    redis.call('ZCOUNT', 'rq:wip:dit-' .. model, now, '+inf'), workers, redis.call('EXISTS', 'dit:model:' .. model),
-    string.format('%.3f', oldest)
+    redis.call('ZCOUNT', 'rq:wip:dit-' .. model, now, '+inf'), workers, troubled,
+    redis.call('EXISTS', 'dit:model:' .. model), string.format('%.3f', oldest)
   }})
 end
 return told
@@ -61,20 +64,21 @@ class QueueState:
     waiting: int
     running: int
     workers: int
+    troubled: int  # of them, that cannot store pictures
     served: bool  # whether a worker keeps its record
     oldest_s: float  # age of the next job to run; 0 if none waits
 
     @property
     def ready(self) -> bool:
         """Whether a job that is submitted now would run."""
-        return self.served and self.workers > 0 and self.state == OPEN
+        return self.served and self.workers > self.troubled and self.state == OPEN
 
 
 def states(told: list[Any]) -> list[QueueState]:
     """What LOOK answers."""
     return [
-        QueueState(model.decode(), state.decode(), waiting, running, workers, bool(served), float(oldest))
-        for model, state, waiting, running, workers, served, oldest in told
+        QueueState(model.decode(), state.decode(), waiting, running, workers, troubled, bool(served), float(oldest))
+        for model, state, waiting, running, workers, troubled, served, oldest in told
     ]
 
 

@@ -175,6 +175,7 @@ class QueueView(BaseModel):
     waiting: int = Field(description="Jobs that wait.")
     running: int = Field(description="Jobs that run.")
     workers: int = Field(description="Workers of it that were heard of within 15 s.")
+    troubled: int = Field(description="Those of them that take no job since they cannot store pictures; their logs say why.")
     served: bool = Field(description="Whether a worker tells of the model; else no job is accepted.")
     oldest_s: float = Field(description="Age of the next job to run; 0 if none waits.")
 

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from worker.protocol import MAX_RESULT_TTL_S
+from worker.stores import REDIS, ROOM_BYTES, kind
 
 
 class Settings(BaseSettings):
@@ -32,12 +33,12 @@ class Settings(BaseSettings):
     trace: Path | None = None  # where the worker writes a JSON line per tick
     queue_limit: int = Field(default=1000, ge=1)  # jobs that may wait
     result_ttl: int = Field(default=24 * 3600, ge=1, le=MAX_RESULT_TTL_S)  # seconds that results live
-    image_bytes: int = Field(default=1 << 30, ge=1)  # that the pictures of all jobs may take
+    image_store: str = REDIS  # or a folder, or s3://bucket/prefix; the same for the API and every worker
+    image_bytes: int | None = Field(default=None, ge=1)  # that the pictures of all jobs may take there; unset: by the kind of store
     drain_seconds: float = Field(default=10, ge=0, allow_inf_nan=False)  # that running jobs get after SIGTERM; the rest is given back
     hang_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # that a step may take; unset: by how long steps take
     log_format: Literal["text", "json"] = "text"
     data: Path = Path(".dit")  # state of the embedded server, compile cache, logs
-    image_store: str = "redis"
     api_keys_file: Path | None = None  # unset: everybody who reaches the API may everything
     allow_public: bool = False  # an address that others reach, without keys
     cors_origins: str | None = None  # of pages elsewhere that may call, with commas between them; unset: none
@@ -51,6 +52,11 @@ class Settings(BaseSettings):
     def origins(self) -> list[str]:
         """The origins whose pages may call the API from a browser."""
         return _listed(self.cors_origins)
+
+    @property
+    def room_bytes(self) -> int:
+        """That the pictures of all jobs may take in their store."""
+        return self.image_bytes or ROOM_BYTES[kind(self.image_store)]
 
     @property
     def redis_password(self) -> str | None:
@@ -76,9 +82,8 @@ class Settings(BaseSettings):
 
     @field_validator("image_store")
     @classmethod
-    def _only_redis_yet(cls, value: str) -> str:
-        if value != "redis":
-            raise ValueError(f"only 'redis' is supported by this version, got {value!r}")
+    def _is_a_store(cls, value: str) -> str:
+        kind(value)
         return value
 
     @field_validator("cors_origins")
@@ -118,4 +123,5 @@ def load_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = "DIT_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise ValueError(f"{name}={first['input']!s}: {first['msg']}") from error
+        shown = re.sub(r"//[^/@]*@", "//…@", str(first["input"]))  # whoever is named in a URL, and with which password
+        raise ValueError(f"{name}={shown}: {first['msg']}") from error

@@ -7,13 +7,22 @@ The hash lives STATS_TTL_S after its last change.
 STATS_TTL_S = 30 * 86_400  # a model that nobody used for so long counts from 0 again
 
 # Why a job failed, for whoever counts.
-REFUSED, STEP, DECODER, NOT_FINITE, ENCODER, WORKER_DIED = "refused", "step", "decoder", "not-finite", "encoder", "worker-died"
+REFUSED, STEP, DECODER, NOT_FINITE, ENCODER, STORE, WORKER_DIED = (
+    "refused",
+    "step",
+    "decoder",
+    "not-finite",
+    "encoder",
+    "store",
+    "worker-died",
+)
 FAILURES = {
     REFUSED: "no worker can do it: its checkpoint, its request or its record",
     STEP: "the forward threw, also for it alone",
     DECODER: "the decoder threw, also for it alone",
     NOT_FINITE: "a picture left the finite numbers twice",
     ENCODER: "a PNG could not be made",
+    STORE: "the image store took others, and one of its pictures never",
     WORKER_DIED: "every attempt ended with its worker",
 }
 

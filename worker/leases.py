@@ -23,7 +23,9 @@ class Lease:
     job: Job
     execution: Execution
     order: Order
-    images: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)  # that Redis knows of
+    writing: int = 0  # pictures on their way into the image store
+    drawn: bool = False  # no more pictures will come
     step: int = 0  # that was told last
 
     def __post_init__(self) -> None:
@@ -38,11 +40,11 @@ class Promises:
     def __init__(self, connection: Redis) -> None:
         self._beat = impatient_client(connection).register_script(scripts.BEAT)
 
-    def renew(self, worker: BaseWorker, records: Sequence[ModelRecord], leases: Sequence[Lease]) -> bool:
-        """False if the server has forgotten the worker. Raises RedisError."""
+    def renew(self, worker: BaseWorker, records: Sequence[ModelRecord], leases: Sequence[Lease], trouble: str = "") -> bool:
+        """`trouble`: what keeps it from taking jobs. False if the server has forgotten the worker. Raises RedisError."""
         keys = [worker.key, worker.executions_key, protocol.MODELS_KEY, *(protocol.model_key(record.id) for record in records)]
         moment = now()
-        arguments: list[Any] = [WORKER_TTL_S, worker.get_state(), utcformat(moment), moment.timestamp(), len(records)]
+        arguments: list[Any] = [WORKER_TTL_S, worker.get_state(), utcformat(moment), moment.timestamp(), trouble, len(records)]
         for record in records:
             arguments += [record.id, record.dump()]
         for lease in leases:

@@ -6,7 +6,7 @@
 | `dit:job:<id>`                   | API, worker | hash, see JOB_FIELDS                                   | TTL after the end    |
 | `dit:job:<id>:events`            | API, worker | stream of {event, data}: queued, progress, preview,    | TTL after the end    |
 |                                  |             | image, done                                            |                      |
-| `dit:image:<id>:<execution>:<i>` | worker      | PNG bytes                                              | TTL                  |
+| `dit:image:<id>:<execution>:<i>` | worker      | PNG bytes, of a job whose pictures are kept in Redis   | TTL                  |
 | `dit:model:<model>`              | worker      | JSON of ModelRecord                                    | MODEL_TTL_S, renewed |
 | `dit:models`                     | worker      | set of model ids that were ever served                 | always               |
 | `dit:bell:<model>`               | API, worker | list, rung when a job waits; idle workers listen to it | BELL_TTL_S           |
@@ -20,7 +20,12 @@
 | `dit:books`                      | API         | sorted set of `<job>|<owner>|<bytes>`, by the Unix     | with their jobs      |
 |                                  |             | seconds at which the job may have expired; see FORGET  |                      |
 | `dit:bytes`                      | API         | sum of the bytes in `dit:books`: the most that the     | with their jobs      |
-|                                  |             | pictures of all jobs may take                          |                      |
+|                                  |             | pictures of all jobs may take in Redis                 |                      |
+| `dit:kept:<store>`               | API         | sorted set of `<job>|<bytes>`, by the Unix seconds at  | until its pictures   |
+|                                  |             | which the job may have expired: whose pictures are in  | are deleted there    |
+|                                  |             | this image store                                       |                      |
+| `dit:kept:<store>:bytes`         | API, worker | sum of the bytes in it                                 | the same             |
+| `dit:sweep:<store>:<what>`       | worker      | the worker that deletes there what has expired         | until the next may   |
 | `dit:idempotency:<owner>:<hash>` | API         | hash {body, job} of an Idempotency-Key                 | TTL                  |
 | `dit:gate:<model>`               | API, CLI    | PAUSED or DRAINING; none where the queue is open       | until it is resumed  |
 | `dit:stats:<model>`              | API, worker | hash of counts since ever, see worker/counts.py        | STATS_TTL_S, renewed |
@@ -42,7 +47,7 @@ from worker.payloads import MAX_SHIFT as MAX_SHIFT
 from worker.payloads import GenerationRequest as GenerationRequest
 from worker.payloads import ModelRecord as ModelRecord
 
-VERSION = 2  # of the job payload; a worker takes this version and the one before
+VERSION = 3  # of the job payload; a worker takes this version and the one before
 OPERATION = "dit.generate"  # the only thing an rq job of ours may ask for; it is compared, never imported
 MAX_ATTEMPTS = 5
 ALONE_FROM = 3  # the attempt from which a job runs alone, so that one that kills its worker takes no neighbours along
@@ -71,6 +76,7 @@ JOB_FIELDS = {
     "owner": "id of the API key that submitted it; empty where there are none",
     "request_id": "X-Request-Id of the HTTP request that submitted it",
     "previews": "1 if it shall be shown while it is made",
+    "store": "mark of the image store that its pictures go to (worker/stores); none for Redis",
     "work": "row evaluations that it takes, about",
     "execution": "id of the execution that may write; results of any other are dropped",
     "attempts": "how often it was started",
@@ -109,6 +115,18 @@ BYTES_KEY = "dit:bytes"
 
 def model_key(model: str) -> str:
     return f"dit:model:{model}"
+
+
+def kept_key(store: str) -> str:
+    return f"dit:kept:{store}"
+
+
+def kept_bytes_key(store: str) -> str:
+    return f"dit:kept:{store}:bytes"
+
+
+def sweep_key(store: str, what: str) -> str:
+    return f"dit:sweep:{store}:{what}"
 
 
 def rate_key(key_id: str) -> str:

@@ -16,7 +16,7 @@ News = tuple[str, str, str, dict[str, Any], int | None]  # job id, execution, ev
 End = tuple[str, str, list[dict[str, Any]]]  # job id, execution, pictures
 
 
-_RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s", "previews", "request_id")
+_RECORD_FIELDS = ("version", "request", "checkpoint", "result_ttl_s", "previews", "store", "request_id")
 Record = Sequence[bytes | None]
 
 
@@ -28,12 +28,13 @@ class Order:
     checkpoint: str  # that it is pinned to
     result_ttl_s: int
     previews: bool = False
+    store: str = ""  # mark of the image store that its pictures go to; empty: Redis
     request_id: str = ""  # of the HTTP request that submitted it
 
     @classmethod
     def parse(cls, record: Record) -> Self:
         """ValueError if that is not of our kind."""
-        version, text, pinned, ttl_s, previews, request_id = record
+        version, text, pinned, ttl_s, previews, store, request_id = record
         if version not in (b"%d" % protocol.VERSION, b"%d" % (protocol.VERSION - 1)):
             raise ValueError(f"payload version {version!r} is not understood by this worker (version {protocol.VERSION})")
         if text is None or pinned is None or ttl_s is None:
@@ -41,7 +42,7 @@ class Order:
         if not 1 <= int(ttl_s) <= protocol.MAX_RESULT_TTL_S:
             raise ValueError(f"the job's results cannot live for {int(ttl_s)} s")
         request = GenerationRequest.parse(text.decode())
-        return cls(request, pinned.decode(), int(ttl_s), previews == b"1", _text(request_id))
+        return cls(request, pinned.decode(), int(ttl_s), previews == b"1", _text(store), _text(request_id))
 
 
 def _text(value: bytes | None) -> str:

@@ -35,6 +35,8 @@ from worker.protocol import WORKER_TTL_S
 from worker.pulse import Pulse
 from worker.results import JobResults
 from worker.stats import Sender
+from worker.sweep import Sweeper
+from worker.writer import Writer
 
 log = logging.getLogger("dit.worker")
 
@@ -60,10 +62,13 @@ class WorkerProcess(BaseWorker):
         hang_s: float | None,
         on_hang: Callable[[], None] = end_hung_process,
         pulse: Path | None = None,
+        writer: Writer | None = None,
+        result_ttl_s: int = 86_400,
     ) -> None:
         """`drain_s`: seconds that running jobs get after SIGTERM. `hang_s`: that a step may take; None: by how long steps take.
 
-        `pulse`: the file in which it says how it fares.
+        `pulse`: the file in which it says how it fares. `writer`: into the image store; none keeps pictures in Redis. `result_ttl_s`: no
+        result is younger whose job Redis does not know.
         """
         self.engine, self.drain_s = engine, drain_s
         self.records = engine.models.records()
@@ -81,6 +86,9 @@ class WorkerProcess(BaseWorker):
         self.results, self.intake = JobResults(connection), Intake(connection, self.name)
         self._maintenance, self._promises = Maintenance(connection), Promises(connection)
         self._sender = Sender(connection, self.name, engine.stats)
+        self.writer = writer or Writer(None)
+        self._new_sweeper = lambda store: Sweeper(store, lambda: self.writer.mark, connection, self.name, result_ttl_s)
+        self._sweeper: Sweeper | None = None
         self._new_heart = lambda: Heart(engine, self._beat, hang_s, on_hang)
         self._pulse = pulse
         self._heard: float | None = None  # monotonic; when Redis last took the promises
@@ -108,9 +116,15 @@ class WorkerProcess(BaseWorker):
         self.heart = self._new_heart()
         self.heart.beat()  # now, so that the models are known at once
         self.heart.start()
+        if self.writer.store:
+            self._sweeper = self._new_sweeper(self.writer.store)
+            self._sweeper.start()
 
     def teardown(self) -> None:
         self.heart.end()
+        self.writer.end()
+        if self._sweeper:
+            self._sweeper.end()
         self._send_counts()
         if self._pulse:
             self._pulse.unlink(missing_ok=True)
@@ -151,7 +165,7 @@ class WorkerProcess(BaseWorker):
             log.warning("%s cannot be written: %s", self._pulse, error)
 
     def _renew(self) -> None:
-        if not self._promises.renew(self, self.records, list(self.leases.values())):
+        if not self._promises.renew(self, self.records, list(self.leases.values()), self.writer.trouble):
             with self.patience.none():
                 self._register()  # the server was restarted without its data, or this process stood still for long
         self._send_counts()
@@ -229,7 +243,7 @@ class WorkerProcess(BaseWorker):
         if time.monotonic() < self._clean_at:
             return
         if self.leases:
-            self._promises.renew(self, self.records, list(self.leases.values()))
+            self._promises.renew(self, self.records, list(self.leases.values()), self.writer.trouble)
         for model, queue in zip(self._models(), self.queues, strict=True):
             self._maintenance.clean(model, queue)
         self.last_cleaned_at = rq_now()
@@ -277,6 +291,9 @@ class WorkerProcess(BaseWorker):
         return None
 
     def _take(self, *, idle: bool) -> tuple[Job, Queue] | None:
+        if self.writer.trouble:
+            self.writer.look()
+            return None
         while found := self._if_it_answers(lambda: self.intake.take(self._models(), self.engine.wants, idle=idle)):
             model, job_id = found
             queue = self._queue(model, self.connection)
@@ -305,7 +322,7 @@ class WorkerProcess(BaseWorker):
         try:
             if self._stop_requested:
                 return
-            if self.records and time.monotonic() >= self._redis_at:
+            if self.records and time.monotonic() >= self._redis_at and not self.writer.trouble:
                 self._if_it_answers(lambda: self.intake.listen(self._models()))
             else:
                 time.sleep(LATER_S)

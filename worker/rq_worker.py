@@ -21,6 +21,8 @@ from worker.heart import RENEW_EVERY_S
 from worker.leases import Lease
 from worker.results import News, Order, Record, about
 from worker.rq_process import WorkerProcess
+from worker.stores import StoreTrouble
+from worker.writer import Write
 
 log = logging.getLogger("dit.worker")
 
@@ -52,7 +54,11 @@ class DiTWorker(WorkerProcess):
         if now >= self._look_at and not self._stop_requested:
             self._look_at = now + self._every(LOOK_EVERY_S)
             self._top_up()
-        self._handle(self.engine.tick())
+        if self.engine.busy and not self.writer.crowded:
+            self._handle(self.engine.tick())
+        else:
+            self.writer.wait(LOOK_EVERY_S)
+            self._commit()
         self._stop_jobs()
         now = time.monotonic()
         if now >= self._tell_at:
@@ -115,6 +121,8 @@ class DiTWorker(WorkerProcess):
     def _admit(self, job: Job, execution: Execution, record: Record, *, alone: bool) -> None:
         try:
             order = Order.parse(record)
+            if not self.writer.takes(order.store):
+                raise ValueError(self._other_store(order.store))
             pinned, previews, request_id = order.checkpoint, order.previews, order.request_id
             self.engine.add(job.id, order.request, pinned, alone=alone, previews=previews, request_id=request_id)
         except ValueError as error:
@@ -122,6 +130,10 @@ class DiTWorker(WorkerProcess):
         else:
             lease = self.leases[job.id] = Lease(job, execution, order)
             log.info("job %s runs here", job.id, extra=lease.about)
+
+    def _other_store(self, wanted: str) -> str:
+        here = f"has {self.writer.mark}" if self.writer.store else "keeps pictures in Redis"
+        return f"its pictures belong into image store {wanted}, and this worker {here}: DIT_IMAGE_STORE must be the same for all"
 
     def _refuse(
         self, job: Job, execution: Execution, record: Record, message: str, *, kind: str = counts.REFUSED, dead: bool = False
@@ -134,15 +146,38 @@ class DiTWorker(WorkerProcess):
     def _handle(self, events: Sequence[Event]) -> None:
         events = [event for event in events if event.job_id in self.leases]  # else another's by now
         self._show([event for event in events if isinstance(event, Preview)])
-        ready, done = [e for e in events if isinstance(e, ImageReady)], [e for e in events if isinstance(e, JobDone)]
-        if ready or done:
-            self._store(ready, [self.leases[event.job_id] for event in done])
         for event in events:
             lease = self.leases.get(event.job_id)
-            if lease and isinstance(event, JobFailed):
-                told = self.results.fail(lease.job.id, lease.execution.id, event.message, kind=event.kind)
-                if self._close(lease, told):
-                    self._finish_failed(lease.job, lease.execution, event.message, lease.about)
+            if lease and isinstance(event, ImageReady):
+                self.writer.put(lease, event)
+            elif lease and isinstance(event, JobDone):
+                lease.drawn = True
+        self._commit()
+        for event in events:
+            if isinstance(event, JobFailed) and (lease := self.leases.get(event.job_id)):
+                self._fail(lease, event.message, event.kind)
+
+    def _fail(self, lease: Lease, message: str, kind: str) -> None:
+        if self._close(lease, self.results.fail(lease.job.id, lease.execution.id, message, kind=kind)):
+            self._finish_failed(lease.job, lease.execution, message, lease.about)
+
+    def _commit(self) -> None:
+        """Redis is told of pictures that are in their store, or are for Redis itself, and of jobs that have ended by it."""
+        writes = [write for write in self.writer.take() if self.leases.get(write.lease.job.id) is write.lease]  # else another's by now
+        for write in writes:
+            if write.error and write.lease.job.id in self.leases:
+                self._not_stored(write, write.error)
+        ready = [write.image for write in writes if write.lease.job.id in self.leases]
+        done = [lease for lease in self.leases.values() if lease.drawn and not lease.writing]
+        if ready or done:
+            self._store(ready, done)
+
+    def _not_stored(self, write: Write, error: BaseException) -> None:
+        """A store that takes nothing may come back: the job waits for that, or for a worker that has a better way there."""
+        if isinstance(error, StoreTrouble):
+            self._put_back(write.lease)
+        else:
+            self._fail(write.lease, f"picture {write.image.index} could not be stored: {error}", counts.STORE)
 
     def _show(self, previews: Sequence[Preview]) -> None:
         """Where Redis is in trouble, nobody sees them."""
@@ -162,10 +197,11 @@ class DiTWorker(WorkerProcess):
             lease, ttl_s = self.leases[image.job_id], self.leases[image.job_id].order.result_ttl_s
             entry = {"index": image.index, "seed": image.seed, "sha256": image.sha256, "bytes": len(image.png)}
             lease.images.append(entry)
-            self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, ttl_s, pipeline)
+            if not lease.order.store:
+                self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, ttl_s, pipeline)
             data = {**entry, "url": f"/jobs/{image.job_id}/images/{image.index}"}
             news.append((image.job_id, lease.execution.id, "image", data, None))
-        for lease in {image.job_id: self.leases[image.job_id] for image in ready}.values():
+        for lease in {image.job_id: lease for image in ready if not (lease := self.leases[image.job_id]).order.store}.values():
             self.results.keep_images(lease.job.id, lease.execution.id, lease.images, lease.order.result_ttl_s, pipeline)
         ends = [(lease.job.id, lease.execution.id, sorted(lease.images, key=lambda image: int(image["index"]))) for lease in done]
         answers, ended = self.results.tell_all(news, pipeline, ends)
@@ -257,9 +293,12 @@ class DiTWorker(WorkerProcess):
     def _give_back(self) -> None:
         """A stop was asked for: jobs that have not ended go to the front of the queue, the oldest first."""
         for lease in reversed(list(self.leases.values())):
-            self.engine.remove(lease.job.id)
-            del self.leases[lease.job.id]
-            self._return(lease.job, lease.execution, lease.about)
+            self._put_back(lease)
+
+    def _put_back(self, lease: Lease) -> None:
+        self.engine.remove(lease.job.id)
+        del self.leases[lease.job.id]
+        self._return(lease.job, lease.execution, lease.about)
 
     def _return(self, job: Job, execution: Execution, told: dict[str, str]) -> None:
         back = self.results.give_back(job.id, execution.id)

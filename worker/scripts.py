@@ -270,24 +270,24 @@ return 1
 )
 
 # KEYS the worker's hash, its set of executions, the set of models; each model's record; for each lease its registry, and the keys of its
-# execution, of the job's executions and of rq's job. ARGV seconds that the worker lives, its state, now (text), now (seconds), number of
-# models; for each model id and record; for each lease job id and execution.
+# execution, of the job's executions and of rq's job. ARGV seconds that the worker lives, its state, now (text), now (seconds), what keeps
+# it from taking jobs ('' for nothing), number of models; for each model id and record; for each lease job id and execution.
 # Renews what is still there: a lease that was taken away, or a job that has ended, is not brought back. → 0 if the worker is not known.
 BEAT = (
     _ALSO_WHEN_FULL
     + f"""
-local now, models = tonumber(redis.call('TIME')[1]), tonumber(ARGV[5])
+local now, models = tonumber(redis.call('TIME')[1]), tonumber(ARGV[6])
 local known = redis.call('HEXISTS', KEYS[1], 'pid') -- a state alone, set late, would make a key of a worker that is forgotten
 if known == 1 then
-  redis.call('HSET', KEYS[1], 'state', ARGV[2], 'last_heartbeat', ARGV[3])
+  redis.call('HSET', KEYS[1], 'state', ARGV[2], 'last_heartbeat', ARGV[3], 'trouble', ARGV[5])
   redis.call('EXPIRE', KEYS[1], ARGV[1])
   redis.call('EXPIRE', KEYS[2], ARGV[1])
 end
 for i = 1, models do
-  redis.call('SADD', KEYS[3], ARGV[4 + 2 * i])
-  redis.call('SET', KEYS[3 + i], ARGV[5 + 2 * i], 'EX', {MODEL_TTL_S})
+  redis.call('SADD', KEYS[3], ARGV[5 + 2 * i])
+  redis.call('SET', KEYS[3 + i], ARGV[6 + 2 * i], 'EX', {MODEL_TTL_S})
 end
-local k, a = 4 + models, 6 + 2 * models
+local k, a = 4 + models, 7 + 2 * models
 while KEYS[k] do
   local lease = ARGV[a] .. ':' .. ARGV[a + 1]
   if redis.call('ZSCORE', KEYS[k], lease) then
@@ -305,6 +305,33 @@ return known
 
 # What has expired leaves the lists of jobs. Twice: nothing is left to forget.
 TIDY = _ALSO_WHEN_FULL + FORGET + "forget(tonumber(redis.call('TIME')[1]), 1000)"
+
+# KEYS jobs whose pictures are in a store. ARGV how many at most. → entries of those that have expired; the others are looked at later.
+EXPIRED = (
+    _ALSO_WHEN_FULL
+    + """
+local now, expired = tonumber(redis.call('TIME')[1]), {}
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])) do
+  local ttl = redis.call('TTL', 'dit:job:' .. string.match(entry, '^[^|]*'))
+  if ttl == -2 then
+    table.insert(expired, entry)
+  else
+    redis.call('ZADD', KEYS[1], now + (ttl == -1 and 60 or math.max(ttl, 1)), entry)
+  end
+end
+return expired
+"""
+)
+
+# KEYS jobs whose pictures are in a store, the sum of their bytes. ARGV an entry, whose pictures are deleted. Twice: its bytes are given
+# back once.
+DELETED = (
+    _ALSO_WHEN_FULL
+    + """
+if redis.call('ZREM', KEYS[1], ARGV[1]) == 0 then return end
+if redis.call('DECRBY', KEYS[2], string.match(ARGV[1], '%d+$')) <= 0 then redis.call('DEL', KEYS[2]) end
+"""
+)
 
 # KEYS number of what this worker sent last, then models' counts. ARGV the number of this; for each of KEYS from the second on the number of
 # its fields, and for each of these its name and what is added. → 0 if it was counted before; so twice is harmless.

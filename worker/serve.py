@@ -22,6 +22,8 @@ from worker.patience import impatient_client
 from worker.protocol import ModelRecord
 from worker.rq_worker import DiTWorker
 from worker.runner import Runner
+from worker.stores import REDIS, open_store
+from worker.writer import Writer
 
 log = logging.getLogger("dit.worker")
 
@@ -90,12 +92,19 @@ def serve(
     hang_s: float | None = None,
     trace: Path | None = None,
     pulse: Path | None = None,
+    image_store: str = REDIS,
+    result_ttl_s: int = 86_400,
 ) -> None:
-    """Runs until SIGTERM or SIGINT. `pulse`: the file for `dit health worker`. CheckpointError or ValueError before anything is served."""
+    """Runs until SIGTERM or SIGINT. CheckpointError or ValueError before anything is served.
+
+    `pulse`: the file for `dit health worker`. `image_store`: as DIT_IMAGE_STORE. `result_ttl_s`: see Sweeper.
+    """
     if pulse:
         pulse.unlink(missing_ok=True)  # a worker's of before, which would be believed while this one loads
     redis = connect(redis_url, password=redis_password, protocol=2)
     _knock(redis)
+    writer = Writer(open_store(image_store))
+    writer.open()
     where = choose_device(device)
     use_device(where)
     loader = Loader(
@@ -108,7 +117,7 @@ def serve(
     shelf = Shelf(registry, models, loader, tell, budget_bytes=int(_MEMORY_SHARE * free_bytes(where)))
     with trace.open("w") if trace else nullcontext() as file:
         engine = Engine(shelf, trace_to(file) if file else None)
-        worker = DiTWorker(engine, redis, drain_s=drain_s, hang_s=hang_s, pulse=pulse)
+        worker = DiTWorker(engine, redis, drain_s=drain_s, hang_s=hang_s, pulse=pulse, writer=writer, result_ttl_s=result_ttl_s)
         log.info("serving %s", ", ".join(f"{record.id} ({record.checkpoint[:12]})" for record in shelf.records()))
         worker.work(logging_level="WARNING")
 

@@ -86,6 +86,8 @@ def worker_command() -> None:
             hang_s=settings.hang_seconds,
             trace=settings.trace,
             pulse=pulse_path(settings.data),
+            image_store=settings.image_store,
+            result_ttl_s=settings.result_ttl,
         )
     except ValueError as error:  # CheckpointError is one
         fail(str(error), CONFIGURATION_ERROR)

@@ -47,6 +47,8 @@ _REFUSALS = keyed_problems(
     "redis-full",
     "redis-disk",
     "redis-replicas",
+    "store-away",
+    "other-store",
 )
 _ANSWERS: Responses = {
     202: {
@@ -109,11 +111,11 @@ async def generate(
         record = choose_model(body.model, await store.models())
         request = resolve(body, record)
         room = request.num_images * picture_bytes(record.image_size, record.image_channels)
-        room *= 2 if previews else 1  # four previews of a quarter of the pixels each
         job_id = await store.submit(
             request,
             record.checkpoint,
             image_bytes=room,
+            preview_bytes=room if previews else 0,  # four of a quarter of the pixels each
             previews=previews,
             owner=caller.id,
             in_flight=caller.in_flight,

@@ -30,6 +30,7 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 MAX_PAGE = 100
 _ID = "^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$"  # a UUIDv7
 _UNKNOWN = ("not-found", "expired", "invalid-request", "redis-away")  # of a call that names a job
+_UNSEEN = (*_UNKNOWN, "store-away", "other-store")  # and wants its pictures
 
 JobId = Annotated[str, Path(max_length=100, description="Its id.", examples=[examples.JOB_ID])]
 IfNoneMatch = Annotated[
@@ -158,7 +159,7 @@ _CACHED: Responses = {304: told("It still is that one.", {}, "ETag", "Cache-Cont
 @router.get(
     "/{job_id}/images/{index}",
     response_class=Response,
-    responses={200: told("The picture.", PNG, "ETag", "Cache-Control"), **_CACHED, **keyed_problems(*_UNKNOWN)},
+    responses={200: told("The picture.", PNG, "ETag", "Cache-Control"), **_CACHED, **keyed_problems(*_UNSEEN)},
 )
 async def get_image(
     job_id: JobId,
@@ -178,7 +179,7 @@ async def get_image(
 @router.get(
     "/{job_id}/grid",
     response_class=Response,
-    responses={200: told("The sheet.", PNG, "ETag", "Cache-Control"), **_CACHED, **keyed_problems(*_UNKNOWN, "not-succeeded")},
+    responses={200: told("The sheet.", PNG, "ETag", "Cache-Control"), **_CACHED, **keyed_problems(*_UNSEEN, "not-succeeded")},
 )
 async def get_grid(job_id: JobId, store: Store, caller: GenerateCaller, if_none_match: IfNoneMatch = None) -> Response:
     """All pictures of a job that has succeeded as one contact sheet, row by row."""

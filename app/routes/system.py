@@ -28,12 +28,13 @@ async def healthz() -> dict[str, str]:
     response_model=Readiness,
     responses={
         200: told("It could.", json_of("ready")),
-        **problems("redis-away", "redis-full", "redis-disk", "redis-replicas", "not-ready"),
+        **problems("redis-away", "redis-full", "redis-disk", "redis-replicas", "store-away", "not-ready"),
     },
 )
 async def readyz(store: Store) -> dict[str, object]:
-    """A picture could be made now: Redis takes writes, and a living worker serves a model whose queue is open."""
+    """A picture could be made now: Redis takes writes, the image store answers, and a living worker serves a model whose queue is open."""
     queues = states(await store.redis.eval(LOOK_FOR_ROOM, 0))
+    await store.pictures.check()
     ready = [queue.model for queue in queues if queue.ready]
     if not ready:
         raise Problem(503, why_not(queues), kind="not-ready", retry_after_s=5)
@@ -42,9 +43,14 @@ async def readyz(store: Store) -> dict[str, object]:
 
 def why_not(queues: list[QueueState]) -> str:
     """Of models that are served; of the others there is nothing to say."""
-    served = [queue for queue in queues if queue.served]
-    reasons = [f"model {q.model}: its queue is {q.state}" if q.workers else f"model {q.model}: its worker is gone" for q in served]
+    reasons = [f"model {queue.model}: {_ailment(queue)}" for queue in queues if queue.served]
     return "; ".join(reasons) or "no worker serves a model at the moment"
+
+
+def _ailment(queue: QueueState) -> str:
+    if not queue.workers:
+        return "its worker is gone"
+    return "no worker of it can store pictures" if queue.workers == queue.troubled else f"its queue is {queue.state}"
 
 
 @router.get(
@@ -58,7 +64,7 @@ def why_not(queues: list[QueueState]) -> str:
 )
 async def metrics(store: Store, process: ProcessMetrics) -> Response:
     """For Prometheus; also while Redis is away."""
-    return Response(await process.scrape(store.redis), media_type=CONTENT_TYPE_LATEST)
+    return Response(await process.scrape(store.redis, store.pictures.bytes_key), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)

@@ -44,9 +44,9 @@ def test_queues_are_told_by_model(client: TestClient, submit: Callable[..., str]
     redis.hset("rq:worker:w", "pid", 1), redis.expire("rq:worker:w", 30), redis.sadd("rq:workers:dit-tiny", "rq:worker:w")
     redis.set(protocol.gate_key("another"), "paused")
     seen = scrape(client)
-    names = ("dit_queue_depth", "dit_jobs_running", "dit_workers", "dit_queue_paused", "dit_queue_draining")
-    assert [value(seen, name, model="tiny") for name in names] == [3, 1, 1, 0, 0]
-    assert [value(seen, name, model="another") for name in names] == [0, 0, 0, 1, 0]
+    names = ("dit_queue_depth", "dit_jobs_running", "dit_workers", "dit_workers_troubled", "dit_queue_paused", "dit_queue_draining")
+    assert [value(seen, name, model="tiny") for name in names] == [3, 1, 1, 0, 0, 0]
+    assert [value(seen, name, model="another") for name in names] == [0, 0, 0, 0, 1, 0]
     assert 5 <= value(seen, "dit_queue_oldest_seconds", model="tiny") < 30
     assert value(seen, "dit_queue_oldest_seconds", model="another") == 0
     assert value(seen, "dit_redis_up") == 1 and value(seen, "dit_redis_memory_bytes") > 1e5

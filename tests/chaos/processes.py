@@ -15,8 +15,8 @@ _one_asks = threading.Lock()  # multiprocessing can read an exit status once, an
 class Process:
     """A child that things may be done to, from any thread."""
 
-    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
-        self._process = _context.Process(target=target, args=arguments, daemon=True)
+    def __init__(self, target: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        self._process = _context.Process(target=target, args=arguments, kwargs=options, daemon=True)
         with _one_asks:
             self._process.start()
         assert self._process.pid

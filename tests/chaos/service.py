@@ -22,6 +22,7 @@ from tests.chaos.worker import Mishap, run
 from worker import protocol
 from worker.counts import stats_key
 from worker.protocol import FINAL, GenerationRequest
+from worker.stores import REDIS, open_store, read_mark
 
 TIMEOUT_S = 240.0  # of a wait that nothing was promised for: a loaded machine is slow
 RESULT_TTL_S = 45
@@ -50,7 +51,7 @@ class Ended:
 
     record: dict[str, str]
     events: list[tuple[str, dict[str, Any]]]
-    pictures: list[bytes]
+    pictures: list[bytes | None]
 
     @property
     def status(self) -> str:
@@ -65,7 +66,8 @@ class Worker(Process):
     """A worker of a service."""
 
     def __init__(self, service: "Service", log: Path, mishaps: tuple[Mishap, ...], drain_s: float, hang_s: float | None) -> None:
-        super().__init__(run, service.server.url, service.registry, log, mishaps, drain_s, hang_s)
+        pictures = {"image_store": service.image_store, "result_ttl_s": RESULT_TTL_S}
+        super().__init__(run, service.server.url, service.registry, log, mishaps, drain_s=drain_s, hang_s=hang_s, **pictures)
         self.log = log
 
 
@@ -83,10 +85,15 @@ class Service:
         """`undisturbed`: the PNGs that a request gives when nothing happens."""
         self.server, self.registry, self.checkpoint = RedisServer(folder), registry, checkpoint
         self.undisturbed, self._tests_end = undisturbed, tests_end
+        self.image_store: str = REDIS
         self.redis: Any = Redis.from_url(self.server.url, **CONNECTION)
         self.workers: list[Worker] = []
         self.accepted: dict[str, GenerationRequest] = {}
         self.ended: dict[str, Ended] = {}
+
+    def keep_pictures_in_a_folder(self) -> None:
+        """Before anything else."""
+        self.image_store = str(self.server.folder / "pictures")
 
     # Workers.
 
@@ -124,10 +131,12 @@ class Service:
         """Runs `await work(store)` over the store of an API."""
 
         async def main() -> T:
-            connection = AsyncRedis.from_url(self.server.url, **CONNECTION)
+            connection, images = AsyncRedis.from_url(self.server.url, **CONNECTION), open_store(self.image_store)
+            store = JobStore(self.redis, connection, queue_limit=queue_limit, result_ttl_s=RESULT_TTL_S, images=images)
             try:
-                return await work(JobStore(self.redis, connection, queue_limit=queue_limit, result_ttl_s=RESULT_TTL_S))
+                return await work(store)
             finally:
+                store.pictures.close()
                 await connection.aclose()
 
         return asyncio.run(main())
@@ -168,9 +177,10 @@ class Service:
                 self.ended[job_id] = Ended(record, self.events(job_id), self._pictures(job_id, record))
         return len(self.ended) == len(self.accepted)
 
-    def _pictures(self, job_id: str, record: dict[str, str]) -> list[bytes]:
-        keys = [protocol.image_key(job_id, record["execution"], image["index"]) for image in json.loads(record.get("images") or "[]")]
-        return self.redis.mget(keys) if keys else []
+    def _pictures(self, job_id: str, record: dict[str, str]) -> list[bytes | None]:
+        indexes = [image["index"] for image in json.loads(record.get("images") or "[]")]
+        fields = {name.encode(): value.encode() for name, value in record.items()}
+        return self.with_store(lambda store: store.pictures.read(job_id, fields, indexes)) if indexes else []
 
     def settle(self) -> None:
         """Return when every job has ended."""
@@ -220,12 +230,15 @@ class Service:
             self.stop(worker)
         name = self.wait(lambda: self.name(alive[0]), "that rq knows the worker", timeout_s=60)  # again, where it was forgotten
         of_the_worker = {name, "rq:workers", f"rq:workers:{protocol.queue_name(MODEL)}", protocol.model_key(MODEL)}
-        allowed = of_the_worker | set(KEPT_FOR_EVER)
+        images = open_store(self.image_store)
+        turns = {protocol.sweep_key(read_mark(images) or "", what) for what in ("expired", "strays")} if images else set()
+        allowed = of_the_worker | set(KEPT_FOR_EVER) | turns
         try:
             self.wait(lambda: not self._keys() - allowed, "the end of every other key", timeout_s=RESULT_TTL_S + 120)
         except AssertionError as error:
             error.add_note(f"left, with seconds to live: { ({key: self.redis.ttl(key) for key in self._keys() - allowed}) }")
             raise
+        assert not images or list(images.folders()) == [], "pictures that nobody would ever delete"
         assert self.redis.smembers("rq:workers") == {name.encode()}
         self.stop(alive[0])
 

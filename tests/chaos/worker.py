@@ -19,6 +19,7 @@ from worker.results import JobResults
 from worker.rq_worker import DiTWorker
 from worker.runner import Runner
 from worker.serve import serve
+from worker.stores.folder import FolderStore
 
 HANG = 0  # no signal: the device never answers
 _FOREVER_S = 3600.0
@@ -30,6 +31,7 @@ POINTS: dict[str, tuple[type, str, str]] = {
     "leased": (JobResults, "start_in", "after"),
     "prepared": (DiTWorker, "_admit", "after"),
     "step": (Runner, "step", "after"),  # inside Engine.tick
+    "written": (FolderStore, "put", "after"),  # in a thread: a picture is in its folder, and Redis does not know
     "drawn": (DiTWorker, "_store", "before"),  # a tick's pictures are ready, and nothing of them is in Redis
     "stored": (DiTWorker, "_store", "after"),  # they are there, and so is the end of at least one job
     "committing": (JobResults, "_end", "before"),  # its pictures and its end are about to be sent
@@ -88,8 +90,8 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run(url: str, registry: Path, log: Path, mishaps: Sequence[Mishap], drain_s: float, hang_s: float | None) -> None:
-    """What `dit worker` does, with its log in a file."""
+def run(url: str, registry: Path, log: Path, mishaps: Sequence[Mishap], **settings: Any) -> None:
+    """What `dit worker` does, with its log in a file. `settings`: as `serve` takes them."""
     end_with_parent()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -98,4 +100,4 @@ def run(url: str, registry: Path, log: Path, mishaps: Sequence[Mishap], drain_s:
     torch.set_num_threads(1)  # many run beside each other
     for mishap in mishaps:
         mishap.prepare()
-    serve(redis_url=url, registry=registry, models=None, device="cpu", max_rows=16, compile=False, drain_s=drain_s, hang_s=hang_s)
+    serve(redis_url=url, registry=registry, models=None, device="cpu", max_rows=16, compile=False, **settings)

@@ -117,7 +117,12 @@ def test_the_worker_has_a_compiler_and_the_pinned_torch() -> None:
     assert any(run.endswith("--constraint constraints.txt torch") for run in stages()["worker-packages"].all("RUN"))
 
 
-# The API's image has the base dependencies alone. Here, every other module is made to look as if it were not installed.
+def test_both_can_read_and_write_s3() -> None:
+    for target, extras in (("api", "s3"), ("worker", "training,s3")):
+        assert any(f"'.[{extras}]'" in run for run in stages()[f"{target}-packages"].all("RUN"))
+
+
+# Without torch, and S3 where it is wanted, as in the API's image. Here, every other module is made to look as if it were not installed.
 ALONE = """
 import sys
 from importlib.metadata import packages_distributions
@@ -138,6 +143,8 @@ for module in [module for module in sys.modules if module.partition(".")[0] in a
 sys.meta_path.insert(0, Absent())
 
 import app.cli, app.health, app.local, worker.pulse
+if sys.argv[2:]:
+    import worker.stores.s3
 from app.main import create_app
 from app.settings import Settings
 
@@ -146,8 +153,12 @@ create_app(Settings(_env_file=None, redis_url="redis://nowhere")).openapi()
 """
 
 
-def test_the_api_runs_with_the_packages_of_its_image_and_torch_is_not_among_them() -> None:
-    alone = needed(PROJECT["project"]["dependencies"])
+@pytest.mark.parametrize("extras", [[], ["s3"]])
+def test_the_api_runs_with_the_packages_of_its_image_and_torch_is_not_among_them(extras: list[str]) -> None:
+    inner = [name for extra in extras for name in PROJECT["project"]["optional-dependencies"][extra]]
+    alone = needed(PROJECT["project"]["dependencies"] + inner)
     assert not alone & {"torch", "numpy", "diffusers", "safetensors", "triton"}
-    done = subprocess.run([sys.executable, "-c", ALONE, ",".join(sorted(alone))], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, ",".join(sorted(alone)), *extras], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,8 @@ from worker.models import OneModel
 from worker.protocol import GenerationRequest, ModelRecord
 from worker.rq_worker import DiTWorker
 from worker.runner import Runner
+from worker.stores import open_store
+from worker.writer import Writer
 
 HASH = "ab" * 32
 
@@ -165,13 +167,13 @@ class Jobs:
         self.started = f"rq:wip:{protocol.queue_name('tiny')}"
         self.bell = protocol.bell_key("tiny")
 
-    def submit(self, request: GenerationRequest, checkpoint: str = HASH, job_id: str | None = None) -> str:
-        return asyncio.run(self._submit(request, checkpoint, job_id or new_id()))
+    def submit(self, request: GenerationRequest, checkpoint: str = HASH, job_id: str | None = None, store: str = "") -> str:
+        return asyncio.run(self._submit(request, checkpoint, job_id or new_id(), store))
 
-    async def _submit(self, request: GenerationRequest, checkpoint: str, job_id: str) -> str:
+    async def _submit(self, request: GenerationRequest, checkpoint: str, job_id: str, image_store: str) -> str:
         async with AsyncRedis(unix_socket_path=self.redis.get_connection_kwargs()["path"], protocol=2) as connection:
             store = JobStore(self.redis, connection, queue_limit=1000, result_ttl_s=600)
-            return await store.admission.submit(store.submission(job_id, request, checkpoint))
+            return await store.admission.submit(store.submission(job_id, request, checkpoint, store=image_store))
 
     def cancel(self, job_id: str) -> str | None:
         """As `DELETE /jobs/{id}` does; the status that the job had."""
@@ -265,10 +267,15 @@ class WatchedEngine(Engine):
 def make_worker(
     make_runner: Callable[..., Runner], record: ModelRecord, connect: Callable[[], Redis], redis: Redis
 ) -> Callable[..., DiTWorker]:
-    """`make_worker(drain_s=0.0)`: one more worker of the tiny model, with its own slots and connection; it has a WatchedEngine."""
+    """`make_worker(drain_s=0.0, image_store="redis")`: one more worker of the tiny model, with its own slots and connection; it has a
+    WatchedEngine.
+    """
 
-    def make(drain_s: float = 0.0) -> DiTWorker:
-        return DiTWorker(WatchedEngine(make_runner(max_rows=8), record), connect(), drain_s=drain_s, hang_s=None)
+    def make(drain_s: float = 0.0, image_store: str = "redis") -> DiTWorker:
+        writer = Writer(open_store(image_store))
+        writer.open()
+        engine = WatchedEngine(make_runner(max_rows=8), record)
+        return DiTWorker(engine, connect(), drain_s=drain_s, hang_s=None, writer=writer, result_ttl_s=600)
 
     return make
 

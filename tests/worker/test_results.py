@@ -325,7 +325,7 @@ def test_a_request_comes_back_as_it_was_queued(jobs: Any, results: JobResults, m
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", "3", "payload version b'3' is not understood by this worker .version 2."),
+        ("version", "4", "payload version b'4' is not understood by this worker .version 3."),
         ("version", "0", "payload version b'0'"),
         ("version", "one", "payload version"),
         ("version", None, "payload version None"),

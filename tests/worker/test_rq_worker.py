@@ -238,7 +238,7 @@ def test_a_job_that_someone_else_put_into_the_queue_fails_without_a_record(redis
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", "99", "payload version b'99' is not understood by this worker (version 2)"),
+        ("version", "99", "payload version b'99' is not understood by this worker (version 3)"),
         ("checkpoint", "f" * 64, "checkpoint ffffffffffff of tiny is not here"),
         ("request", "no JSON", "not a generation request: "),
     ],
