@@ -16,8 +16,8 @@ from tests.deploy.compose import CPU, ROOT, check_command, load, mounts, seconds
 from tests.deploy.dockerfile import command, environment, stages
 from worker.rq_process import FAREWELL_S
 
-BASE, KEYS = "docker-compose.yml", "compose.keys.yml"
-COMBINATIONS = [(BASE,), CPU, (BASE, KEYS), (*CPU, KEYS)]
+BASE, KEYS, PICTURES = "docker-compose.yml", "compose.keys.yml", "compose.pictures.yml"
+COMBINATIONS = [(BASE,), CPU, (BASE, KEYS), (*CPU, KEYS), (*CPU, KEYS, PICTURES)]
 SETTINGS = {f"DIT_{name.upper()}" for name in Settings.model_fields} | {"DIT_ALLOW_PUBLIC"}  # which comes with the API's keys
 
 
@@ -49,7 +49,7 @@ def test_the_schema_would_tell_a_mistake(tmp_path: Path, plain: dict[str, Any]) 
 
 
 def test_each_file_alone_is_yaml_of_the_specification_too(tmp_path: Path) -> None:
-    for name in ("compose.cpu.yml", KEYS):
+    for name in ("compose.cpu.yml", KEYS, PICTURES):
         text = (ROOT / name).read_text().replace("!reset ", "")
         assert against_the_schema(tmp_path, yaml.safe_load(text)).returncode == 0
 
@@ -88,6 +88,14 @@ def test_without_keys_the_api_is_told_so_and_with_keys_it_reads_what_dit_key_wri
     assert str(Path(file).parent) == "/keys", "a file by itself would go on showing what it was before it was replaced"
     assert any("/keys" in run.split() for run in stages()["python"].all("RUN")), "or the volume would be root's"
     assert keys["entrypoint"] == ["dit", "key"] and keys["profiles"] == ["keys"]
+
+
+def test_pictures_in_a_volume_are_written_by_workers_and_read_by_the_api() -> None:
+    document = load(BASE, PICTURES)
+    api, worker = document["services"]["api"], document["services"]["worker"]
+    assert api["environment"]["DIT_IMAGE_STORE"] == worker["environment"]["DIT_IMAGE_STORE"] == "/pictures"
+    assert "pictures:/pictures:ro" in api["volumes"] and "pictures:/pictures" in worker["volumes"] and "pictures" in document["volumes"]
+    assert any("/pictures" in run.split() for run in stages()["python"].all("RUN")), "or the volume would be root's"
 
 
 def test_no_secret_is_in_an_environment_or_a_command(services: dict[str, Any]) -> None:
