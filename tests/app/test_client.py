@@ -99,8 +99,8 @@ def test_the_client_needs_nothing_else_of_the_project() -> None:
 
 
 def test_a_job_is_queued_waited_for_and_its_pictures_fetched(client: Client, worker: Any, paint: Paint) -> None:
+    queued = client.generate("house  CAT", num_images=2, seed=40, guidance_interval=(0.1, 0.9))
     with worker.meanwhile(lambda worker, job_id: finish(worker, paint, job_id, count=2, seed=40)):
-        queued = client.generate("house  CAT", num_images=2, seed=40, guidance_interval=(0.1, 0.9))
         job = client.wait(queued.id)
     assert (queued.status, queued.is_final, queued.queue_position, queued.images) == ("queued", False, 0, ())
     assert (job.status, job.is_final, job.error, job.progress.step, job.progress.steps) == ("succeeded", True, None, 4, 4)
