@@ -42,9 +42,9 @@ class GaussianDiffusion:
                 setattr(self, name, value.to(device))
         return self
 
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Training times (B,), uniform over 0 … T−1, on the CPU."""
-        return torch.randint(self.num_timesteps, (count,), generator=generator)
+    def times(self, uniform: Tensor) -> Tensor:
+        """Training times (B,), int64, equally often each of 0 … T−1, by uniform numbers (B,) in (0, 1), float64."""
+        return (uniform * self.num_timesteps).long()
 
     def gather(self, values: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """values[t] as (B, 1, 1, 1) in the type of `like`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.blocks import BLOCKS, FinalLayer, Modulation
 from model.config import ADAPTIVE, DiTConfig
@@ -54,6 +55,7 @@ class DiT(nn.Module):
         self.register_buffer("rotary", rotary, persistent=False)
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
+        self.recompute = False  # in training: keep the blocks' inputs only, and compute what is inside again in the backward pass
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiT":
@@ -155,7 +157,10 @@ class DiT(nn.Module):
 
     def _through(self, blocks: range, h: Tensor, conditions: list[Tensor]) -> Tensor:
         for i in blocks:
-            h = self.blocks[i](h, conditions[i], self.rotary)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(self.blocks[i], h, conditions[i], self.rotary, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = self.blocks[i](h, conditions[i], self.rotary)
         return h
 
     def unpatchify(self, h: Tensor) -> Tensor:

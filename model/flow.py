@@ -17,11 +17,12 @@ class RectifiedFlow:
             raise ValueError(f"rectified flow needs the objective 'flow', got {config.kind!r}")
         self.config = config
 
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Training times (B,) in (0, 1], uniform or logit-normal, on the CPU."""
+    def times(self, uniform: Tensor) -> Tensor:
+        """Training times (B,), float32, uniform or logit-normal, by their quantiles at uniform numbers (B,) in (0, 1), float64."""
         if self.config.flow_time == "uniform":
-            return 1 - torch.rand(count, generator=generator)  # rand is in [0, 1); sampling begins at 1 and never visits 0
-        return torch.sigmoid(self.config.logit_normal_mean + self.config.logit_normal_std * torch.randn(count, generator=generator))
+            return uniform.float()
+        normal = torch.special.ndtri(uniform)
+        return torch.sigmoid(self.config.logit_normal_mean + self.config.logit_normal_std * normal).float()
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         t = t.view(-1, 1, 1, 1)

@@ -27,19 +27,29 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+def _uniform(seeds: Tensor, evaluations: Tensor, blocks: int) -> list[Tensor]:
+    """Four numbers in (0, 1), ends excluded, of each block: four of (B, blocks), float64."""
+    block = torch.arange(blocks, dtype=torch.int64, device=seeds.device)[None, :]
+    seed, evaluation = seeds[:, None], evaluations[:, None]
+    zero = torch.zeros_like(block)
+    words = philox((block, evaluation, zero, zero), (seed & _MASK, (seed >> 32) & _MASK))
+    return [(w.double() + 0.5) * 2.0**-32 for w in words]
+
+
+def uniform(seeds: Tensor, evaluations: Tensor) -> Tensor:
+    """One number (B,) in (0, 1), ends excluded, float64, for seeds (B,) and evaluations (B,), both int64."""
+    return _uniform(seeds, evaluations, 1)[0][:, 0]
+
+
 def normal(seeds: Tensor, evaluations: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normals (B, *shape), float32, for seeds (B,) and evaluations (B,), both int64.
 
     Evaluation 0 is the initial latent, evaluation k + 1 the noise that the sampler adds after the k-th network evaluation.
     """
     elements = math.prod(shape)
-    block = torch.arange((elements + 3) // 4, dtype=torch.int64, device=seeds.device)[None, :]
-    seed, evaluation = seeds[:, None], evaluations[:, None]
-    zero = torch.zeros_like(block)
-    words = philox((block, evaluation, zero, zero), (seed & _MASK, (seed >> 32) & _MASK))
-    uniform = [(w.double() + 0.5) * 2.0**-32 for w in words]  # in (0, 1), ends excluded
+    words = _uniform(seeds, evaluations, (elements + 3) // 4)
     pairs = []
-    for u, v in (uniform[:2], uniform[2:]):
+    for u, v in (words[:2], words[2:]):
         radius, angle = torch.sqrt(-2 * torch.log(u)), 2 * math.pi * v
         pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
     values = torch.stack(pairs, dim=-1).float()  # (B, blocks, 4)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.data import Dataset, Split, batch_indices, to_float
-from training.loop import step_generator
+from training.randomness import step_generator
 
 CLASSIFIER_WEIGHTS, CLASSIFIER_RECORD = "classifier.safetensors", "classifier.json"
 _VERSION = 1  # raised whenever the network or its training changes, so that an older cache is not taken for this one

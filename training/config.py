@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from model.config import TIME_FEATURES, DiTConfig, ObjectiveConfig, check_kind
 
 RECIPES = Path(__file__).parent / "recipes"
+PRECISIONS = ("bfloat16", "float32")
 _FLOW_TIME_FACTOR = 1000.0  # flow time 0…1 seen by the embedding on the scale of diffusion steps
 
 
@@ -31,7 +32,8 @@ class OptimiserConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float | tuple[float, ...] = 0.999  # several averages at once, or none; the first is what is previewed and published
+    precision: str = "bfloat16"  # of the matrix products; weights, their averages and the optimiser's state are float32 in any case
     sample_every: int = 500
     save_every: int = 500
 
@@ -42,8 +44,32 @@ class OptimiserConfig:
         for name in ("learning_rate", "gradient_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in 0 … 1, got {self.ema_decay}")
+        for decay in self.ema_decays:
+            if type(decay) not in (int, float) or not 0 <= decay < 1:
+                raise ValueError(f"ema_decay must be in 0 … 1, or a list of such numbers, got {decay!r}")
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decay names a number twice: {', '.join(map(str, self.ema_decays))}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How this machine makes the steps. None of it changes what comes out but for float rounding, so a resumed run may differ in it."""
+
+    micro_batch_size: int = 0  # samples that a process takes at once, their gradients added up; 0: its whole share of a batch
+    compile: bool = False  # by torch.compile: minutes before the first step, less time in each
+    activation_checkpointing: bool = False  # activations are computed again in the backward pass instead of kept
+    shard: bool = False  # weights, gradients and optimiser state spread over the processes (FSDP2), for what does not fit
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 0:
+            raise ValueError(f"micro_batch_size must be at least 1, or 0 for all at once, got {self.micro_batch_size}")
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,6 @@ class LatentCache:
         mean, std = torch.from_numpy(found).unbind(1)
         return mean, std
 
-    def sample(self, index: Tensor, view: Tensor, noise: Tensor) -> Tensor:
-        """Posterior samples (B, C, h, w)."""
-        mean, std = self.moments(index, view)
-        return mean + std * noise
-
 
 class Crew(Protocol):
     """The processes that share the work (World of a training run)."""

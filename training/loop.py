@@ -1,14 +1,12 @@
-"""The loop that both stages share: step, clip, EMA, log, samples, save, resume, Ctrl-C."""
+"""The loop that every stage shares: steps, log, previews, saves, and a resume that is the run that never stopped.
 
-import math
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+dit train dit RECIPE --data DIR
+torchrun --nproc-per-node 8 --no-python dit train dit RECIPE --data DIR
+"""
+
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,155 +14,196 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.config import OptimiserConfig
-from training.ema import EMA
+from training import state
+from training.batches import Prefetch
+from training.compiling import compiled
+from training.config import Execution, OptimiserConfig
+from training.learner import Learner, learning_rate
+from training.pace import Pace
 from training.runlog import RunLog
+from training.stage import Stage
+from training.stepper import Stepper
+from training.stopping import Interrupted, stop_requests
+from training.world import World
 
 LOG_EVERY = 10
-STATE = "state.pt"
+_AGREE_EVERY = 5  # steps after which many processes ask each other whether to stop
+_ROLLBACKS = 3  # since the last save
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the state was saved, the run can go on with --resume."""
+def require_ready(
+    config: OptimiserConfig, folder: Path, *, world: World, execution: Execution, resume: bool, publish: float | None = None
+) -> Path | None:
+    """What can be known to fail is asked here, before anything is done. Returns the state to go on from, None for a new run.
 
-
-def learning_rate(config: OptimiserConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * done)) / 2
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Every random number of a step comes from this, so a resumed run draws what the run never stopped would have drawn."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a flag that is read between steps; a second one ends the process at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _save_state(
-    path: Path, model: nn.Module, ema: EMA, optimiser: torch.optim.Optimizer, config: dict[str, Any], step: int, seconds: float
-) -> None:
-    state = {
-        "config": config,
-        "model": model.state_dict(),
-        "ema": ema.model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "step": step,
-        "seconds": seconds,
-    }
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
-
-
-def _same_run(started: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    """A resumed run is the run that never stopped, so what shapes its steps may not change; how often it samples and saves may."""
-    for name, now in config.items():
-        if name not in ("sample_every", "save_every") and started.get(name, now) != now:
-            raise ValueError(f"{folder} was started with {name} = {started[name]}, the recipe now says {now}: choose another --out")
+    ValueError if there is nothing to resume or something that would be overwritten, or if the processes cannot do what is asked.
+    """
+    if publish is not None and publish not in config.ema_decays:
+        raise ValueError(f"there is no average of decay {publish}; ema_decay is {', '.join(map(str, config.ema_decays)) or 'empty'}")
+    if execution.shard and world.size == 1:
+        raise ValueError("one process has nobody to share its network with: start several with torchrun, or leave --shard out")
+    world.share(config.batch_size)
+    found = state.newest(folder)
+    if found and not resume:
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
+    if resume and not found:
+        raise ValueError(f"nothing to resume: {folder / state.STATE} holds no saved state")
+    return found
 
 
 def fit(
-    model: nn.Module,
-    loss_at: Callable[[int], dict[str, Tensor]],
-    config: OptimiserConfig,
-    folder: Path,
-    *,
-    preview: Callable[[nn.Module], Image.Image],
-    resume: bool,
-    title: str,
-    made_of: dict[str, Any],
+    stage: Stage, folder: Path, *, world: World, execution: Execution, resume: bool, publish: float | None = None
 ) -> tuple[nn.Module, float]:
-    """Train `model` in place; `loss_at(step)` gives scalars, of which `loss` is minimised. Returns the EMA model and the seconds spent.
+    """Train the stage's networks in place. Returns the first with its first average, or that of decay `publish`, and the seconds spent.
 
-    `made_of` names what else must be the same for a run to be resumed: architecture and objective.
-
-    Raises Interrupted after saving, ValueError if there is nothing to resume or something that would be overwritten.
+    Raises Interrupted after saving, ValueError as `require_ready` does and where the run was started with other settings, and
+    FloatingPointError if losses do not stay finite.
     """
-    state_path, run = folder / STATE, {**asdict(config), **made_of}
-    if state_path.exists() and not resume:
-        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-    if resume and not state_path.exists():
-        raise ValueError(f"nothing to resume: {state_path} does not exist")
-    ema = EMA(model, config.ema_decay)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-    start, seconds_before = 0, 0.0
-    if resume:
-        state = torch.load(state_path, map_location="cpu", weights_only=True)
-        _same_run(state.get("config", {}), run, folder)
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
-        start, seconds_before = state["step"], state["seconds"]
+    config = stage.main.config
+    found = require_ready(config, folder, world=world, execution=execution, resume=resume, publish=publish)
+    if found:
+        _require_same_run(state.facts(found)["run"], stage.identity(), folder)
+    with ExitStack() as stack:
+        run = _Run(stage, folder, world, execution, stack)
+        run.begin(found)
+        run.train()
+    average = publish if publish is not None else next(iter(config.ema_decays), None)
+    return run.main.finished(average), run.seconds
 
-    began = since = time.perf_counter()
-    logged = start
-    with (
-        RunLog(folder) as log,
-        stop_requests() as stop_asked,
-        tqdm(total=config.steps, initial=start, desc=title, unit="step", dynamic_ncols=True) as bar,
-    ):
-        log.start(stage=title, optimiser=asdict(config), resumed_at=start, parameters=sum(p.numel() for p in model.parameters()))
-        for step in range(start, config.steps):
-            rate = learning_rate(config, step)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            losses = loss_at(step)
-            losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            ema.update(model, step)
-            bar.update()
 
-            done = step + 1
-            stopping, last = stop_asked(), done == config.steps
-            logging, saving = done % LOG_EVERY == 0 or last, done % config.save_every == 0 or last or stopping
-            if logging or saving:  # reading a loss waits for the device, so it is not done at every step
-                values = {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
-                wrong = next((name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])), None)
-                if wrong:
-                    raise FloatingPointError(f"the {wrong} became {values[wrong]} at step {done}; the last saved state is {state_path}")
-            if logging:
-                now = time.perf_counter()
-                speed = config.batch_size * (done - logged) / (now - since)
-                since, logged = now, done
-                bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
-                log.write(step=done, **values, learning_rate=rate, images_per_s=round(speed, 1))
-            if done % config.sample_every == 0 or last:
-                preview(ema.model).save(folder / f"samples-{done:06d}.png")
-            if saving:
-                _save_state(state_path, model, ema, optimiser, run, done, seconds_before + time.perf_counter() - began)
-            if stopping and not last:
-                log.write(event="interrupted", step=done)
-                raise Interrupted(f"saved at step {done} of {config.steps} in {folder}; go on with --resume")
-        seconds = seconds_before + time.perf_counter() - began
-        log.write(event="end", step=config.steps, seconds=round(seconds, 1))
-    return ema.model, seconds
+def _require_same_run(started: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """A resumed run is the run that never stopped, so what shapes its steps may not change; how often it samples and saves may."""
+    for name, value in now.items():
+        if name.split(".")[-1] not in ("sample_every", "save_every") and started.get(name, value) != value:
+            raise ValueError(f"{folder} was started with {name} = {started[name]}, the recipe now says {value}: choose another --out")
+
+
+class _Run:
+    """One start of a run. `position` counts the steps that are done."""
+
+    def __init__(self, stage: Stage, folder: Path, world: World, execution: Execution, stack: ExitStack) -> None:
+        self._stage, self._folder, self._world, self._execution = stage, folder, world, execution
+        self._config = stage.main.config
+        self._log = stack.enter_context(RunLog(folder, tensorboard=execution.tensorboard, quiet=not world.first))
+        self._stop_asked = stack.enter_context(stop_requests())
+        losses = compiled(stage, execution, world.device, self._log.say)
+        self._learners = {name: Learner(player, world, shard=execution.shard) for name, player in stage.players.items()}
+        self.main = next(iter(self._learners.values()))
+        self._step = Stepper(self._learners, losses, world, execution)
+        rows = world.share(self._config.batch_size)
+        self._batches = stack.enter_context(Prefetch(lambda step: stage.batch_at(step, rows), self._config.steps, world.device))
+        self._stack = stack
+        self.position, self._seconds_before, self._rollbacks = 0, 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Spent by all starts together."""
+        return self._seconds_before + self._pace.seconds()
+
+    def begin(self, found: Path | None) -> None:
+        self._pace = Pace(self._config.batch_size)
+        if found:
+            state.read(found, self._tensors(), self._world)
+            self.position, self._seconds_before = (state.facts(found)[name] for name in ("step", "seconds"))
+        else:
+            self._save()  # also to learn now, and not after an hour, whether the folder takes it
+        bar = tqdm(
+            total=self._config.steps,
+            initial=self.position,
+            desc=self._stage.title,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._world.first,
+        )
+        self._bar = self._stack.enter_context(bar)
+        self._log.start(
+            stage=self._stage.title,
+            steps=self._config.steps,
+            batch_size=self._config.batch_size,
+            parameters=sum(p.numel() for p in self._stage.main.network.parameters()),
+            processes=self._world.size,
+            resumed_at=self.position,
+            optimiser=asdict(self._config),
+            execution=asdict(self._execution),
+        )
+
+    def train(self) -> None:
+        while self.position < self._config.steps:
+            self._step(self.position, self._batches.take(self.position))
+            self._pace.step()
+            self.position += 1
+            stopping = self._stopping()
+            if stopping or any(self._every(n) for n in (LOG_EVERY, self._config.sample_every, self._config.save_every)):
+                self._settle(stopping)
+            self._bar.update(self.position - self._bar.n)
+        self._log.write(event="end", step=self._config.steps, seconds=round(self.seconds, 1))
+
+    def _every(self, steps: int) -> bool:
+        return self.position % steps == 0 or self.position == self._config.steps
+
+    def _stopping(self) -> bool:
+        """Whether Ctrl-C or SIGTERM asked for it; many processes answer alike, and only at some steps."""
+        if self._world.size == 1:
+            return self._stop_asked()
+        return self._every(_AGREE_EVERY) and self._world.any(self._stop_asked())
+
+    def _settle(self, stopping: bool) -> None:
+        """What waits for the device, and is not done at every step."""
+        bad = self._step.guard.bad_step()
+        if bad is not None:
+            self._roll_back(bad)
+        elif self._every(LOG_EVERY):
+            self._write()
+        if self._every(self._config.sample_every):
+            self._preview()
+        if stopping or self._every(self._config.save_every):
+            self._save()
+            self._rollbacks = 0 if bad is None else self._rollbacks  # weights that no step has tried since are not yet known to be good
+        if stopping and self.position < self._config.steps:
+            self._log.write(event="interrupted", step=self.position)
+            raise Interrupted(f"saved at step {self.position} of {self._config.steps} in {self._folder}; go on with --resume")
+
+    def _write(self) -> None:
+        values = self._step.values()
+        told = self._pace.read(self._config.steps - self.position, self._batches.waited_s)
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{told['images_per_s']:.0f}", refresh=False)
+        self._log.step(self.position, {**values, "learning_rate": learning_rate(self._config, self.position - 1), **told})
+
+    def _preview(self) -> None:
+        """Where the network is spread all processes must draw, else the first alone."""
+        if not (self._world.first or self._execution.shard):
+            return
+        uncompiled = torch.compiler.set_stance("force_eager") if self._execution.compile else nullcontext()
+        with self._pace.paused(), uncompiled, self.main.shown() as network:
+            self._log.picture(self.position, self._stage.preview(network))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": value for name, learner in self._learners.items() for key, value in learner.tensors().items()}
+
+    def _save(self) -> None:
+        with self._pace.paused():
+            facts = {"run": self._stage.identity(), "step": self.position, "seconds": self.seconds}
+            state.write(self._folder, self._tensors(), facts, self._world)
+
+    def _roll_back(self, bad: int) -> None:
+        """Step `bad` gave no finite numbers. Its update was not made, and training goes on behind it; where that cannot do or did not,
+        with the last saved weights."""
+        reason, saved = self._step.guard.told(), state.newest(self._folder)
+        assert saved is not None
+        self._rollbacks += 1
+        if self._rollbacks > _ROLLBACKS:
+            raise FloatingPointError(
+                f"{reason} at step {bad + 1}, after {_ROLLBACKS} rollbacks; the last saved state is {saved}. "
+                "Lower learning_rate, try qk_norm, or precision = 'float32'"
+            )
+        kept = bad
+        if self._rollbacks > 1 or self._world.any(not all(learner.is_finite() for learner in self._learners.values())):
+            state.read(saved, self._tensors(), self._world)
+            kept = int(saved.name)
+        self._step.guard.reset()
+        self.position = bad + 1
+        self._log.write(event="rollback", step=bad + 1, to=kept, reason=reason)
+        self._log.say(f"{reason} at step {bad + 1}: that step is left out, and training goes on with the weights of step {kept}")
 
 
 def grid(images: Tensor, columns: int, scale: int = 2) -> Image.Image:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from model.blocks import Modulation
 from model.checkpoint import DTYPES, Checkpoint, CheckpointConfig, save
 from model.config import DiTConfig, ObjectiveConfig
 from model.diffusion import GaussianDiffusion
@@ -17,15 +18,18 @@ from model.flow import RectifiedFlow
 from model.samplers import build_table
 from model.sampling import sample
 from model.vae import VAE
+from training.batches import Batch
 from training.card import model_card
-from training.config import Recipe
-from training.data import Dataset, batch_indices, load_dataset, report_data
+from training.config import Execution, OptimiserConfig, Recipe
+from training.data import Dataset, Split, batch_indices, load_dataset, report_data
 from training.latents import LatentCache, cached_latents
-from training.loop import fit, grid, step_generator
+from training.loop import fit, grid, require_ready
+from training.randomness import SEED, Draw, normal, sample_numbers, uniform
 from training.runlog import command, commit, hardware
+from training.stage import Losses, Player, Stage
 from training.train_vae import load_vae
+from training.world import joined
 
-_SEED = 0
 CHECKPOINT = "checkpoint"
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,15 +40,8 @@ def build_process(objective: ObjectiveConfig, device: torch.device) -> Process:
     return RectifiedFlow(objective) if objective.kind == "flow" else GaussianDiffusion(objective).to(device)
 
 
-def _to(device: torch.device, value: Tensor) -> Tensor:
-    """A copy to a GPU from pinned memory does not wait for the step before."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-
-
-def dit_losses(network: Network, process: Process, x0: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw time and noise for clean latents x0 (B, C, h, w) of classes y (B,); returns the means of the objective's losses."""
-    noise = _to(x0.device, torch.randn(x0.shape, generator=generator))
-    t = _to(x0.device, process.draw_times(len(x0), generator))
+def dit_losses(network: Network, process: Process, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """Means of the objective's losses for clean latents x0 (B, C, h, w) of classes y (B,) at times t (B,)."""
     xt = process.q_sample(x0, t, noise)
     losses = process.losses(network(xt, t, y).float(), x0, xt, t, noise)
     return {name: value.mean() for name, value in losses.items()}
@@ -79,29 +76,97 @@ def _preview(checkpoint_of: Callable[[DiT], Checkpoint]) -> Callable[[nn.Module]
     return preview
 
 
-def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume: bool = False, new_latents: bool = False) -> Path:
-    """Train on the latents of the VAE in `vae_folder` and save the EMA as a checkpoint; returns its folder."""
+def train_dit(
+    recipe: Recipe,
+    data: Path,
+    vae_folder: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    new_latents: bool = False,
+    execution: Execution = Execution(),
+    publish: float | None = None,
+) -> Path:
+    """Train on the latents of the VAE in `vae_folder` and save an EMA as a checkpoint, the first or that of decay `publish`.
+
+    Returns the checkpoint's folder.
+    """
     objective, optimiser = _check(recipe), recipe.dit.optimiser
-    dataset = load_dataset(data, recipe.data)
-    vae, vae_record = load_vae(vae_folder)
-    if vae.config.image_size != recipe.data.image_size or vae.config.image_channels != recipe.data.image_channels:
-        raise ValueError(f"the VAE in {vae_folder} was trained for other images than the recipe's {recipe.data.image_size} pixels")
-    report_data(dataset, out)
-    latents = cached_latents(vae, dataset.train, out, flips=recipe.data.horizontal_flip, anew=new_latents)
-    architecture = recipe.dit.architecture(
-        input_size=vae.config.latent_size, in_channels=vae.config.latent_channels, num_classes=len(dataset.class_names)
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(_SEED)
-    dit = DiT(architecture).to(device)
-    loss_at = _loss_function(dit, recipe, build_process(objective, device), dataset, latents, device)
-    vae = vae.to(device)
+    with joined() as world:
+        require_ready(optimiser, out, world=world, execution=execution, resume=resume, publish=publish)
+        dataset = load_dataset(data, recipe.data)
+        vae, vae_record = load_vae(vae_folder)
+        if vae.config.image_size != recipe.data.image_size or vae.config.image_channels != recipe.data.image_channels:
+            raise ValueError(f"the VAE in {vae_folder} was trained for other images than the recipe's {recipe.data.image_size} pixels")
+        if world.first:
+            report_data(dataset, out)
+        latents = cached_latents(vae, dataset.train, out, flips=recipe.data.horizontal_flip, crew=world, anew=new_latents)
+        architecture = recipe.dit.architecture(
+            input_size=vae.config.latent_size, in_channels=vae.config.latent_channels, num_classes=len(dataset.class_names)
+        )
+        torch.manual_seed(SEED)
+        dit = DiT(architecture).to(world.device)
+        dit.recompute = execution.activation_checkpointing
+        vae = vae.to(world.device)
 
-    def checkpoint_of(model: DiT, **provenance: Any) -> Checkpoint:
-        return Checkpoint(_describe(recipe, dataset, architecture, objective, vae, provenance), model, vae)
+        def checkpoint_of(model: DiT, **provenance: Any) -> Checkpoint:
+            return Checkpoint(_describe(recipe, dataset, architecture, objective, vae, provenance), model, vae)
 
-    made_of = asdict(architecture) | asdict(objective)
-    trained, seconds = fit(dit, loss_at, optimiser, out, preview=_preview(checkpoint_of), resume=resume, title="dit", made_of=made_of)
+        stage = Stage(
+            title="dit",
+            players={"dit": Player(dit, optimiser, parts=_parts(dit))},
+            batch_at=_batches(recipe, dataset.train, latents),
+            losses=_losses(dit, recipe, build_process(objective, world.device)),
+            preview=_preview(checkpoint_of),
+            made_of=asdict(architecture) | asdict(objective),
+        )
+        trained, seconds = fit(stage, out, world=world, execution=execution, resume=resume, publish=publish)
+        target = out / CHECKPOINT
+        if world.first:
+            provenance = _provenance(dataset, optimiser, vae_record, trained, seconds)
+            checkpoint = checkpoint_of(cast(DiT, trained), **provenance)
+            save(target, checkpoint, dtype=DTYPES[recipe.defaults.dtype], card=model_card(checkpoint.config, {}), overwrite=True)
+        world.meet()  # a process that returns finds the checkpoint
+        return target
+
+
+def _parts(dit: DiT) -> list[nn.Module]:
+    """The blocks, and before each its modulation, which is called on its own (`DiT.conditions`)."""
+    return [part for block in dit.blocks for part in (*(m for m in block.modules() if isinstance(m, Modulation)), block)]
+
+
+def _batches(recipe: Recipe, split: Split, latents: LatentCache) -> Callable[[int, slice], Batch]:
+    """Moments of the latents, classes and sample numbers."""
+    batch_size = recipe.dit.optimiser.batch_size
+
+    def batch_at(step: int, rows: slice) -> Batch:
+        index = batch_indices(len(split), batch_size, step, SEED)[rows]
+        numbers = sample_numbers(step, batch_size, rows)
+        view = (uniform(numbers, Draw.VIEW) * latents.views).long()
+        mean, std = latents.moments(index, view)
+        return {"mean": mean, "std": std, "label": split.labels[index], "number": numbers}
+
+    return batch_at
+
+
+def _losses(dit: DiT, recipe: Recipe, process: Process) -> Losses:
+    null_class, dropout = dit.config.null_class, recipe.dit.label_dropout
+
+    def losses(batch: Batch) -> dict[str, Tensor]:
+        """Sample the latents' posterior, drop labels, draw times and noise, each by the sample's number."""
+        numbers, mean = batch["number"], batch["mean"]
+        shape = tuple(mean.shape[1:])
+        x0 = mean + batch["std"] * normal(numbers, Draw.POSTERIOR, shape)
+        y = torch.where(uniform(numbers, Draw.LABEL) < dropout, null_class, batch["label"])
+        t = process.times(uniform(numbers, Draw.TIME))
+        return dit_losses(dit, process, x0, y, t, normal(numbers, Draw.NOISE, shape))
+
+    return losses
+
+
+def _provenance(
+    dataset: Dataset, optimiser: OptimiserConfig, vae_record: dict[str, Any], trained: nn.Module, seconds: float
+) -> dict[str, Any]:
     trained_here = {
         "command": command().replace(" --resume", ""),  # a resumed run equals the one never stopped
         "minutes": round(seconds / 60, 1),
@@ -110,28 +175,7 @@ def train_dit(recipe: Recipe, data: Path, vae_folder: Path, out: Path, *, resume
         "parameters": sum(p.numel() for p in trained.parameters()),
     }
     stage_one = {key: vae_record[key] for key in ("command", "minutes", "hardware", "steps")}
-    checkpoint = checkpoint_of(cast(DiT, trained), data=dataset.described, vae=stage_one, dit=trained_here, commit=commit())
-    target = out / CHECKPOINT
-    save(target, checkpoint, dtype=DTYPES[recipe.defaults.dtype], card=model_card(checkpoint.config, {}), overwrite=True)
-    return target
-
-
-def _loss_function(
-    dit: DiT, recipe: Recipe, process: Process, dataset: Dataset, latents: LatentCache, device: torch.device
-) -> Callable[[int], dict[str, Tensor]]:
-    batch_size, null_class = recipe.dit.optimiser.batch_size, dit.config.null_class
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        index = batch_indices(len(dataset.train), batch_size, step, _SEED)
-        generator = step_generator(_SEED, step)
-        view = torch.randint(latents.views, (batch_size,), generator=generator)
-        x0 = _to(device, latents.sample(index, view, torch.randn(batch_size, *latents.shape, generator=generator)))
-        dropped = torch.rand(batch_size, generator=generator) < recipe.dit.label_dropout
-        y = _to(device, torch.where(dropped, null_class, dataset.train.labels[index]))
-        with torch.autocast(device.type, torch.bfloat16):
-            return dit_losses(dit, process, x0, y, generator)
-
-    return loss_at
+    return {"data": dataset.described, "vae": stage_one, "dit": trained_here, "commit": commit()}
 
 
 def _describe(

@@ -5,9 +5,10 @@ Afterwards the latents' mean and standard deviation are measured over the traini
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -18,13 +19,16 @@ from model.checkpoint import from_json
 from model.config import VAEConfig
 from model.sampling import to_pixels
 from model.vae import VAE
-from training.config import Recipe
-from training.data import Split, batch_indices, load_dataset, report_data, to_float
-from training.loop import fit, grid, step_generator
+from training.batches import Batch
+from training.config import Execution, OptimiserConfig, Recipe
+from training.data import Dataset, Split, batch_indices, load_dataset, report_data, to_float
+from training.loop import fit, grid, require_ready
+from training.randomness import SEED, Draw, normal, sample_numbers, uniform
 from training.runlog import command, hardware
+from training.stage import Losses, Player, Stage
+from training.world import joined
 
 VAE_WEIGHTS, VAE_RECORD = "vae.safetensors", "vae.json"
-_SEED = 0
 
 
 def vae_config(recipe: Recipe) -> VAEConfig:
@@ -61,29 +65,64 @@ def latent_statistics(vae: VAE, split: Split, batch_size: int = 256) -> tuple[tu
     return tuple(first.tolist()), tuple((second - first**2).sqrt().tolist())
 
 
-def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) -> Path:
+def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False, execution: Execution = Execution()) -> Path:
     """Train, measure the latents, write `vae.safetensors` and `vae.json` to `out`; returns `out`."""
-    dataset = load_dataset(data, recipe.data)
-    report_data(dataset, out)
+    if execution.shard:
+        raise ValueError("an autoencoder is not spread over processes: it fits on each")
     config, optimiser = vae_config(recipe), recipe.vae.optimiser
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(_SEED)
-    vae = VAE(config).to(device)
-    vae.autoencoder.to(memory_format=torch.channels_last)
+    with joined() as world:
+        require_ready(optimiser, out, world=world, execution=execution, resume=resume)
+        dataset = load_dataset(data, recipe.data)
+        if world.first:
+            report_data(dataset, out)
+        torch.manual_seed(SEED)
+        vae = VAE(config).to(world.device)
+        vae.autoencoder.to(memory_format=torch.channels_last)
+        if execution.activation_checkpointing:
+            vae.autoencoder.enable_gradient_checkpointing()
+        stage = Stage(
+            title="vae",
+            players={"vae": Player(vae, optimiser)},
+            batch_at=_batches(dataset.train, optimiser.batch_size),
+            losses=_losses(vae, recipe),
+            preview=_preview(dataset.test, world.device),
+            made_of=asdict(config),
+        )
+        trained, seconds = fit(stage, out, world=world, execution=execution, resume=resume)
+        if world.first:
+            _save(cast(VAE, trained), dataset, optimiser, seconds, out)
+        world.meet()  # a process that returns finds the files
+        return out
+
+
+def _batches(split: Split, batch_size: int) -> Callable[[int, slice], Batch]:
+    """Images, uint8, and sample numbers."""
+
+    def batch_at(step: int, rows: slice) -> Batch:
+        index = batch_indices(len(split), batch_size, step, SEED)[rows]
+        return {"image": split.read(index), "number": sample_numbers(step, batch_size, rows)}
+
+    return batch_at
+
+
+def _losses(vae: VAE, recipe: Recipe) -> Losses:
+    config = vae.config
     latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
 
-    def loss_at(step: int) -> dict[str, Tensor]:
-        index = batch_indices(len(dataset.train), optimiser.batch_size, step, _SEED)
-        generator = step_generator(_SEED, step)
-        images = to_float(dataset.train.read(index))
+    def losses(batch: Batch) -> dict[str, Tensor]:
+        """Mirror half of the images, and sample the posterior, by the samples' numbers."""
+        images, numbers = to_float(batch["image"]), batch["number"]
         if recipe.data.horizontal_flip:
-            flip = torch.rand(len(index), generator=generator) < 0.5
-            images = torch.where(flip[:, None, None, None], images.flip(3), images)
-        noise = torch.randn(len(index), *latent_shape, generator=generator)
-        with torch.autocast(device.type, torch.bfloat16):
-            return vae_losses(vae, images.to(device).contiguous(memory_format=torch.channels_last), noise.to(device), recipe.vae.kl_weight)
+            mirrored = (uniform(numbers, Draw.VIEW) < 0.5)[:, None, None, None]
+            images = torch.where(mirrored, images.flip(3), images)
+        noise = normal(numbers, Draw.POSTERIOR, latent_shape)
+        return vae_losses(vae, images.contiguous(memory_format=torch.channels_last), noise, recipe.vae.kl_weight)
 
-    shown = to_float(dataset.test.read(torch.arange(min(16, len(dataset.test)))))
+    return losses
+
+
+def _preview(split: Split, device: torch.device) -> Callable[[nn.Module], Image.Image]:
+    shown = to_float(split.read(torch.arange(min(16, len(split)))))
 
     @torch.inference_mode()
     def preview(model: nn.Module) -> Image.Image:
@@ -91,14 +130,16 @@ def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) ->
         decoded = model.decode(model.encode(shown.to(device))).cpu()
         return grid(to_pixels(torch.cat([shown, decoded])), columns=8)
 
-    trained, seconds = fit(vae, loss_at, optimiser, out, preview=preview, resume=resume, title="vae", made_of=asdict(config))
-    assert isinstance(trained, VAE)
+    return preview
+
+
+def _save(trained: VAE, dataset: Dataset, optimiser: OptimiserConfig, seconds: float, out: Path) -> None:
     trained = trained.to("cpu").float()
     mean, std = latent_statistics(trained, dataset.train)
     state = {name: value.contiguous() for name, value in trained.state_dict().items()}
     save_file(state, out / VAE_WEIGHTS)
     record: dict[str, Any] = {
-        "config": asdict(replace(config, latent_mean=mean, latent_std=std)),
+        "config": asdict(replace(trained.config, latent_mean=mean, latent_std=std)),
         "command": command().replace(" --resume", ""),  # a resumed run equals the one never stopped
         "minutes": round(seconds / 60, 1),
         "hardware": hardware(),
@@ -106,7 +147,6 @@ def train_vae(recipe: Recipe, data: Path, out: Path, *, resume: bool = False) ->
         "data": dataset.described,
     }
     (out / VAE_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    return out
 
 
 def load_vae(folder: Path) -> tuple[VAE, dict[str, Any]]:

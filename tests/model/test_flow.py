@@ -46,7 +46,7 @@ def test_the_loss_is_the_mean_squared_error_of_each_row(flow: RectifiedFlow) -> 
 
 def test_times_are_logit_normal() -> None:
     flow = RectifiedFlow(ObjectiveConfig("flow", logit_normal_mean=-0.4, logit_normal_std=1.2))
-    t = flow.draw_times(200_000, torch.Generator().manual_seed(0)).double()
+    t = flow.times(torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).double()
     assert float(t.min()) > 0 and float(t.max()) < 1
     logit = torch.log(t / (1 - t))
     assert float(logit.mean()) == pytest.approx(-0.4, abs=0.02) and float(logit.std()) == pytest.approx(1.2, abs=0.02)

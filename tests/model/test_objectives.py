@@ -197,7 +197,7 @@ def quantiles(times: Tensor, at: list[float]) -> list[float]:
 
 def test_uniform_flow_times_cover_the_path_evenly() -> None:
     process = RectifiedFlow(ObjectiveConfig("flow", flow_time="uniform"))
-    times = process.draw_times(200_000, torch.Generator().manual_seed(0))
+    times = process.times(torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     assert 0 < float(times.min()) < 1e-4 and 1 - 1e-4 < float(times.max()) <= 1
     at = [i / 20 for i in range(1, 20)]
     assert quantiles(times, at) == pytest.approx(at, abs=0.004)
@@ -206,14 +206,14 @@ def test_uniform_flow_times_cover_the_path_evenly() -> None:
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.4, 1.2)])
 def test_logit_normal_flow_times_have_the_quantiles_of_a_squashed_normal(mean: float, std: float) -> None:
     process = RectifiedFlow(ObjectiveConfig("flow", logit_normal_mean=mean, logit_normal_std=std))
-    times = process.draw_times(200_000, torch.Generator().manual_seed(0))
+    times = process.times(torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     at = [0.02, 0.25, 0.5, 0.75, 0.98]
     assert quantiles(times, at) == pytest.approx([1 / (1 + math.exp(-NormalDist(mean, std).inv_cdf(q))) for q in at], abs=0.004)
 
 
 def test_diffusion_times_are_every_step_equally_often() -> None:
     process = GaussianDiffusion(ObjectiveConfig("diffusion", num_timesteps=10))
-    counts = process.draw_times(100_000, torch.Generator().manual_seed(0)).bincount()
+    counts = process.times(torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).bincount()
     assert len(counts) == 10 and counts.tolist() == pytest.approx([10_000] * 10, rel=0.04)
 
 

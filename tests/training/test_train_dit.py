@@ -116,7 +116,9 @@ def test_a_network_that_knows_the_clean_latents_has_no_loss(objective: Objective
         alpha, sigma = (values[t].float().view(-1, 1, 1, 1) for values in (process.alpha, process.sigma))
         return (alpha * x - x0) / sigma  # √ᾱ·x_t − √(1−ᾱ)·v = x₀
 
-    losses = dit_losses(exact, process, x0, torch.zeros(8, dtype=torch.int64), torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    t, noise = process.times(torch.rand(8, dtype=torch.float64, generator=generator)), torch.randn(x0.shape, generator=generator)
+    losses = dit_losses(exact, process, x0, torch.zeros(8, dtype=torch.int64), t, noise)
     assert losses["loss"] < 1e-9
 
 
@@ -132,7 +134,8 @@ def test_training_in_bf16_reaches_every_parameter(tiny_dit_config: Callable[...,
     before = {name: value.detach().clone() for name, value in dit.named_parameters()}
     for step in range(4):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = dit_losses(dit, process, x0, y, torch.Generator().manual_seed(step))["loss"]
+            t = process.times(torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(step)))
+            loss = dit_losses(dit, process, x0, y, t, torch.randn(x0.shape, generator=torch.Generator().manual_seed(step)))["loss"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -69,7 +69,8 @@ def test_a_few_steps_make_a_vae_that_loads(
         "data.png",
         "log.jsonl",
         "samples-000006.png",
-        "state.pt",
+        "state",
+        "tensorboard",
         "vae.json",
         "vae.safetensors",
     ]

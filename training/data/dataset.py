@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -78,10 +79,14 @@ def batch_indices(length: int, batch_size: int, step: int, seed: int) -> Tensor:
     position, needed = step * batch_size, batch_size
     while needed:
         epoch, offset = divmod(position, length)
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        parts.append(order[offset : offset + needed])
+        parts.append(_order(length, epoch, seed)[offset : offset + needed])
         position, needed = position + len(parts[-1]), needed - len(parts[-1])
     return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)  # the next epoch's batches are made while the last of this one's are trained on
+def _order(length: int, epoch: int, seed: int) -> Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def held_out(labels: Tensor, classes: int) -> Tensor:
