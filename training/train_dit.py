@@ -112,14 +112,7 @@ def train_dit(
         def checkpoint_of(model: DiT, **provenance: Any) -> Checkpoint:
             return Checkpoint(_describe(recipe, dataset, architecture, objective, vae, provenance), model, vae)
 
-        stage = Stage(
-            title="dit",
-            players={"dit": Player(dit, optimiser, parts=_parts(dit))},
-            batch_at=_batches(recipe, dataset.train, latents),
-            losses=_losses(dit, recipe, build_process(objective, world.device)),
-            preview=_preview(checkpoint_of),
-            made_of=asdict(architecture) | asdict(objective),
-        )
+        stage = dit_stage(dit, recipe, dataset.train, latents, _preview(checkpoint_of))
         trained, seconds = fit(stage, out, world=world, execution=execution, resume=resume, publish=publish)
         target = out / CHECKPOINT
         if world.first:
@@ -128,6 +121,19 @@ def train_dit(
             save(target, checkpoint, dtype=DTYPES[recipe.defaults.dtype], card=model_card(checkpoint.config, {}), overwrite=True)
         world.meet()  # a process that returns finds the checkpoint
         return target
+
+
+def dit_stage(dit: DiT, recipe: Recipe, split: Split, latents: LatentCache, preview: Callable[[nn.Module], Image.Image]) -> Stage:
+    """The network, where it is to be trained, as the loop takes it."""
+    objective = recipe.dit.objective_config()
+    return Stage(
+        title="dit",
+        players={"dit": Player(dit, recipe.dit.optimiser, parts=_parts(dit))},
+        batch_at=_batches(recipe, split, latents),
+        losses=_losses(dit, recipe, build_process(objective, dit.pos_embed.device)),
+        preview=preview,
+        made_of=asdict(dit.config) | asdict(objective),
+    )
 
 
 def _parts(dit: DiT) -> list[nn.Module]:

@@ -1,5 +1,7 @@
 """Stage two end to end on tiny data: latents are cached, a run resumes exactly, and what comes out is a checkpoint that samples."""
 
+import functools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -17,10 +19,10 @@ from model.dit import DiT
 from model.flow import RectifiedFlow
 from model.sampling import sample
 from training import train_dit as stage_two
-from training.config import Recipe
+from training.config import Execution, Recipe
 from training.data import load_dataset
 from training.latents import cached_latents
-from training.loop import Interrupted
+from training.stopping import Interrupted
 from training.train_dit import build_process, dit_losses, train_dit
 from training.train_vae import train_vae
 
@@ -87,6 +89,25 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         train_dit(recipe, idx_folder, trained_vae, tmp_path / "stopped")
     resumed = checkpoints.load(train_dit(recipe, idx_folder, trained_vae, tmp_path / "stopped", resume=True))
     assert resumed.hash == straight.hash  # the same weights to the last bit
+
+
+def test_a_run_traced_for_the_compiler_has_the_losses_of_one_that_is_not(
+    tiny_recipe: RecipeMaker, idx_folder: Path, trained_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of torch.compile but its code generator, which takes a minute here and is tried in test_compiling.py."""
+    recipe = tiny_recipe(steps=10, precision="float32")
+    recipe = replace(recipe, dit=replace(recipe.dit, depth=1))
+    train_dit(recipe, idx_folder, trained_vae, tmp_path / "eager")
+    execution = Execution(micro_batch_size=4, compile=True, activation_checkpointing=True, tensorboard=False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    train_dit(recipe, idx_folder, trained_vae, tmp_path / "compiled", execution=execution)
+    torch._dynamo.reset()
+    assert logged(tmp_path / "compiled") == pytest.approx(logged(tmp_path / "eager"), rel=1e-5)
+
+
+def logged(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_latents_of_another_vae_end_a_run_before_it_begins_unless_they_are_made_anew(
