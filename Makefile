@@ -10,7 +10,7 @@ help:
 	@echo "make test   set up and run every test"
 	@echo "make check  format, lint, types, import rules"
 	@echo "make docs   docs/api.md, from the API's own description"
-	@echo "make bench  pictures/s beside diffusers' DiTPipeline, overhead, and serving beside stock rq workers (about an hour)"
+	@echo "make bench  pictures/s beside diffusers' DiTPipeline, overhead, serving beside stock rq workers, and training (about an hour)"
 	@echo "make chaos  a thousand jobs under fifty kills, with a report (the tests have the short form; takes some 3 minutes)"
 	@echo "make hold   full load, a crowd of event streams, Redis gone for 30 s twice, a soak of 20 minutes (about 35 minutes)"
 	@echo "make fuzz   ten thousand requests by Schemathesis, with a report (the tests have the short form; takes some 8 minutes)"
@@ -52,6 +52,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/train.py
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.chaos.long

@@ -166,7 +166,7 @@ class _Run:
     def _write(self) -> None:
         values = self._step.values()
         told = self._pace.read(self._config.steps - self.position, self._batches.waited_s)
-        self._bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{told['images_per_s']:.0f}", refresh=False)
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{told['images_per_s']:.1f}", refresh=False)
         self._log.step(self.position, {**values, "learning_rate": learning_rate(self._config, self.position - 1), **told})
 
     def _preview(self) -> None:

@@ -441,6 +441,22 @@ def test_numbers_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
     assert [event.step for event in events.Images("samples")] == [5, 10, 15, 20]
 
 
+def test_only_products_are_in_bfloat16(tmp_path: Path) -> None:
+    run = Run(tmp_path, precision="bfloat16", ema_decay=(0.5, 0.9))
+    loss, products = run.loss, []
+
+    def watched(batch: Batch) -> dict[str, Tensor]:
+        products.append(run.model(batch["x"]).dtype)
+        return loss(batch)
+
+    run.loss = watched  # type: ignore[method-assign]
+    weights = run.go()
+    saved = dcp.FileSystemReader(tmp_path / "state" / "00000012").read_metadata().state_dict_metadata
+    assert {"test.network.0.weight", "test.average-0.5.0.weight", "test.optimiser.exp_avg_sq.0.weight"} <= set(saved)
+    assert {tensor.properties.dtype for tensor in saved.values()} == {value.dtype for value in weights.values()} == {torch.float32}
+    assert set(products) == {torch.bfloat16}
+
+
 # --- several networks --------------------------------------------------------------------------------------------------
 
 
