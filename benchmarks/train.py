@@ -8,13 +8,14 @@ weights, compiled. Pictures and weights are random: their values don't matter fo
 the public one's shape (84 M parameters), `bundled` with the shapes of checkpoints/fashion-mnist; both on the paper's objective.
 
 Each side runs in a process of its own, so that its peak memory is its own: of the process on a CPU, compiler included; of the allocator on
-a GPU. Several processes run under torchrun with the same global batch. A share of the matrix peak, that of benchmarks/forward.py, is three
-forwards' GMACs of the DiT for each image. The last line is JSON.
+a GPU; of several processes the first's. Several run under torchrun with the same global batch. A share of the matrix peak, that of
+benchmarks/forward.py, is three forwards' GMACs of the DiT for each image. The last line is JSON.
 """
 
 import argparse
 import copy
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -190,6 +191,13 @@ def in_a_process(case: Case, side: str, processes: int = 1) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def devices(case: Case, processes: int) -> float:
+    """How many times what the peak was measured on: GPUs, or of a CPU the threads; torchrun gives a process one unless told otherwise."""
+    if case.device.type == "cuda" or processes == 1:
+        return processes
+    return processes * int(os.environ.get("OMP_NUM_THREADS", "1")) / torch.get_num_threads()
+
+
 def measure(case: Case, processes: list[int]) -> dict[str, Any]:
     gmacs = 3 * dit_cost(case.shapes()[0])[1]
     peak = matrix_peak(case.device, torch.bfloat16)
@@ -199,7 +207,7 @@ def measure(case: Case, processes: list[int]) -> dict[str, Any]:
     for side, told in sides.items():
         told["times_plain"] = told["images_per_s"] / sides[PLAIN]["images_per_s"]
         if side != PLAIN:
-            told["share_of_peak"] = told["images_per_s"] * gmacs / (peak * (int(side.split()[1]) if case.device.type == "cuda" else 1))
+            told["share_of_peak"] = told["images_per_s"] * gmacs / (peak * devices(case, int(side.split()[1])))
     return {"model": case.model, "batch": case.batch, "training_gmacs": gmacs, "peak_gmacs_per_s": peak, "sides": sides}
 
 
