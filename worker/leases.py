@@ -24,6 +24,7 @@ class Lease:
     execution: Execution
     order: Order
     images: list[dict[str, Any]] = field(default_factory=list)  # that Redis knows of
+    kept_at: float = 0.0  # monotonic; when their lives were last counted anew
     writing: int = 0  # pictures on their way into the image store
     drawn: bool = False  # no more pictures will come
     step: int = 0  # that was told last

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+from redis.client import Pipeline
 from rq import Queue
 from rq.exceptions import DeserializationError
 from rq.executions import Execution
@@ -201,8 +202,8 @@ class DiTWorker(WorkerProcess):
                 self.results.store_image(image.job_id, lease.execution.id, image.index, image.png, ttl_s, pipeline)
             data = {**entry, "url": f"/jobs/{image.job_id}/images/{image.index}"}
             news.append((image.job_id, lease.execution.id, "image", data, None))
-        for lease in {image.job_id: lease for image in ready if not (lease := self.leases[image.job_id]).order.store}.values():
-            self.results.keep_images(lease.job.id, lease.execution.id, lease.images, lease.order.result_ttl_s, pipeline)
+        for lease in {image.job_id: self.leases[image.job_id] for image in ready}.values():
+            self._keep_pictures(lease, pipeline)
         ends = [(lease.job.id, lease.execution.id, sorted(lease.images, key=lambda image: int(image["index"]))) for lease in done]
         answers, ended = self.results.tell_all(news, pipeline, ends)
         for (job_id, *_), answer in zip(news, answers, strict=True):
@@ -214,15 +215,24 @@ class DiTWorker(WorkerProcess):
                 log.info("job %s has ended", lease.job.id, extra=lease.about)
         self._obey(news, answers)
 
+    def _keep_pictures(self, lease: Lease, pipeline: Pipeline) -> None:
+        """In Redis; a store keeps them until the job's record has expired."""
+        lease.kept_at = time.monotonic()
+        if not lease.order.store:
+            self.results.keep_images(lease.job.id, lease.execution.id, lease.images, lease.order.result_ttl_s, pipeline)
+
     def _tell_progress(self) -> None:
-        news: list[News] = []
+        """And pictures of a job that takes longer than they live are kept: they live from its end on."""
+        pipeline, news = self.connection.pipeline(transaction=False), list[News]()
         for lease in self.leases.values():
             step = int(self.engine.progress(lease.job.id) * lease.order.request.steps)
             event = "progress" if step != lease.step else ""
             news.append((lease.job.id, lease.execution.id, event, {"step": step, "steps": lease.order.request.steps}, step))
             lease.step = step
+            if lease.images and time.monotonic() - lease.kept_at > lease.order.result_ttl_s / 3:
+                self._keep_pictures(lease, pipeline)
         if news:
-            self._obey(news, self._if_it_answers(lambda: self.results.tell_all(news)[0]) or [])
+            self._obey(news, self._if_it_answers(lambda: self.results.tell_all(news, pipeline)[0]) or [])
 
     def _obey(self, news: Sequence[News], answers: Sequence[str]) -> None:
         """End what was canceled, or is another's by now."""

@@ -435,6 +435,27 @@ def test_the_pictures_of_a_job_live_as_long_as_the_last_of_them(
     assert len(ttls) == 20 and all(590 <= ttl <= 600 for ttl in ttls)
 
 
+def test_the_pictures_of_a_job_that_takes_longer_than_they_live_are_kept(
+    redis: Redis, jobs: Any, worker: DiTWorker, make_request: MakeRequest, quick: None
+) -> None:
+    job, stored, tell, lives = jobs.submit(make_request(class_labels=(0,) * 20)), worker._store, worker._tell_progress, list[int]()
+
+    def store_and_let_time_pass(*arguments: Any) -> None:
+        stored(*arguments)
+        for lease in worker.leases.values():
+            lease.kept_at -= 300
+            for key in redis.keys(f"dit:image:{job}:*"):
+                redis.expire(key, 10)
+
+    def tell_and_look() -> None:
+        tell()
+        lives.extend(redis.ttl(key) for key in redis.keys(f"dit:image:{job}:*"))
+
+    worker._store, worker._tell_progress = store_and_let_time_pass, tell_and_look  # type: ignore[method-assign]
+    work(worker)
+    assert lives and all(590 <= life <= 600 for life in lives)
+
+
 def test_after_so_many_dead_workers_the_job_fails_and_says_why(
     redis: Redis, jobs: Any, worker: DiTWorker, make_worker: MakeWorker, make_request: MakeRequest
 ) -> None:
