@@ -23,7 +23,7 @@ from sampling import Ours, Peer, measure, to_pipeline
 from model.checkpoint import CheckpointConfig, load, resolve
 from training.classifier import get_classifier
 from training.draw import Drawer, Setting, default_setting, load_as_served
-from training.evaluate import matching_dataset
+from training.local_measures import matching_dataset
 from training.measure import Measured, MeasureLog, Meter
 from training.metrics import fit_gaussian
 from training.runlog import commit, hardware

@@ -7,46 +7,7 @@ from typing import Any
 
 from model.checkpoint import CheckpointConfig
 from model.config import DiTConfig, ObjectiveConfig
-
-GRID, TUNING_PLOT = "grid.png", "tuning.png"
-_MISSING = "not recorded"
-
-
-def measures(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What was measured, its value, and its floor on real images: the lines that `dit evaluate` prints and the card repeats."""
-    tests, floor = metrics.get("test_images", "the"), _number(metrics, "frechet_distance_train")
-    return [
-        (
-            "class consistency of the pictures",
-            _share(metrics, "class_consistency"),
-            f"{_share(metrics, 'classifier_accuracy')} (test images)",
-        ),
-        (f"Fréchet distance of the pictures to {tests} test images", _number(metrics, "frechet_distance"), f"{floor} (training images)"),
-        (
-            "Fréchet distance of the VAE's reconstructions",
-            _number(metrics, "frechet_distance_reconstructions"),
-            f"{floor} (training images)",
-        ),
-    ]
-
-
-def settings_line(metrics: dict[str, Any]) -> str:
-    """How the pictures of `measures` were drawn, in one line."""
-    return f"{metrics.get('samples', '?')} pictures: {setting_in_words(metrics)}, {metrics.get('dtype', '?')}"
-
-
-def setting_in_words(entry: dict[str, Any]) -> str:
-    """A setting as it stands in `checkpoint.json`; what is no choice (guidance at all times, no cache) is left out."""
-    low, high = entry.get("guidance_interval", (0, 1))
-    scale = f"{entry['guidance_scale']:g}" if "guidance_scale" in entry else "?"
-    parts = [
-        f"{entry.get('sampler', '?')}",
-        f"{entry.get('steps', '?')} steps",
-        f"guidance {scale}" + (f" in t/T {low:g}–{high:g}" if (low, high) != (0, 1) else ""),
-        *([f"{entry['spacing']} spacing"] if "spacing" in entry else []),
-        *([f"block cache {entry['block_cache']}"] if "block_cache" in entry else []),
-    ]
-    return ", ".join(parts)
+from training.card_metrics import GRID, MISSING, TUNING_PLOT, metrics_section, number, setting_in_words, share
 
 
 def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
@@ -56,7 +17,7 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         _picture(config, metrics),
         _use(config),
         *([_origin(config)] if "imported" in config.provenance else [_data(config), _training(config)]),
-        _metrics(metrics),
+        metrics_section(metrics),
         _tuning(config),
         _limits(config),
     ]
@@ -65,14 +26,6 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:g} %"
-
-
-def _share(metrics: dict[str, Any], name: str) -> str:
-    return f"{100 * metrics[name]:.1f} %" if name in metrics else _MISSING
-
-
-def _number(metrics: dict[str, Any], name: str) -> str:
-    return f"{metrics[name]:.3f}" if name in metrics else _MISSING
 
 
 def _names(config: CheckpointConfig) -> list[str]:
@@ -172,7 +125,7 @@ def _training(config: CheckpointConfig) -> str:
     stages = [(title, _stage(config, name)) for title, name in (("VAE", "vae"), ("DiT", "dit"))]
     commands = [str(stage["command"]) for _, stage in stages if stage.get("command")]
     rows = [
-        f"| {title} | {stage.get('steps', _MISSING)} | {stage.get('minutes', _MISSING)} | {stage.get('hardware', _MISSING)} |"
+        f"| {title} | {stage.get('steps', MISSING)} | {stage.get('minutes', MISSING)} | {stage.get('hardware', MISSING)} |"
         for title, stage in stages
     ]
     commit = config.provenance.get("commit")
@@ -184,22 +137,6 @@ def _training(config: CheckpointConfig) -> str:
             *rows,
             f"\nThe stored DiT is the moving average (EMA) of the trained weights; source at commit `{commit or 'unknown'}`.",
         ]
-    )
-
-
-def _metrics(metrics: dict[str, Any]) -> str:
-    if not metrics:
-        return "## Metrics\n\nNot evaluated yet: `dit evaluate` measures this checkpoint and rewrites this card."
-    command = f"```sh\n{metrics['command']}\n```\n\n" if metrics.get("command") else ""
-    table = "\n".join(f"| {what} | {value} | {floor} |" for what, value, floor in measures(metrics))
-    return (
-        f"## Metrics\n\n{command}{settings_line(metrics)}; classes in equal shares, seeds from 0.\n\n"
-        f"| measure | value | floor on real images |\n|---|---|---|\n{table}\n\n"
-        f"Judged by a small convnet trained on the same training split. The floor of the Fréchet distances is "
-        f"{metrics.get('train_images', 'as many')} training images (a fixed random subset) against the test images; the pictures' own "
-        "floor is their VAE's reconstructions. These distances live in that convnet's features: they are no FIDs of the literature.\n\n"
-        f"Took {metrics.get('minutes', '?')} minutes on {metrics.get('hardware', 'unrecorded hardware')}, "
-        f"source at commit `{metrics.get('commit') or 'unknown'}`."
     )
 
 
@@ -222,7 +159,7 @@ def _tuning(config: CheckpointConfig) -> str:
 
 
 def _quality_row(name: str, entry: dict[str, Any]) -> str:
-    values = setting_in_words(entry), entry["evaluations"], _number(entry, "frechet_distance"), _share(entry, "class_consistency")
+    values = setting_in_words(entry), entry["evaluations"], number(entry, "frechet_distance"), share(entry, "class_consistency")
     return f"| {name} | {' | '.join(map(str, values))} |"
 
 

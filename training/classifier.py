@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.data import Dataset, Split, batch_indices, to_float
+from training.judgement import Judgement, flattened, joined
 from training.randomness import step_generator
 
 CLASSIFIER_WEIGHTS, CLASSIFIER_RECORD = "classifier.safetensors", "classifier.json"
@@ -36,6 +37,10 @@ class ClassifierConfig:
     batch_size: int = 256
     learning_rate: float = 5e-3
     weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        if len(self.widths) < 2:
+            raise ValueError(f"a classifier has at least 2 levels, got the widths {self.widths}")
 
 
 def _convolution(channels_in: int, channels_out: int, *, stride: int = 1, halve: bool = False) -> nn.Sequential:
@@ -60,23 +65,15 @@ class ConvNet(nn.Module):
         self.to_features = nn.Linear(channels, config.features)
         self.head = nn.Linear(config.features, num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [−1, 1] → (B, F): what stands before the last linear."""
-        return F.relu(self.to_features(self.levels(images).mean((2, 3))))
+    def judged(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) in [−1, 1] → features (B, F) before the last linear, spatial ones before the last halving, logits."""
+        middle = self.levels[:-3](images)
+        features = F.relu(self.to_features(self.levels[-3:](middle).mean((2, 3))))
+        return features, flattened(middle), self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → logits (B, classes)."""
-        return self.head(self.features(images))
-
-
-@dataclass(frozen=True)
-class Judgement:
-    features: Tensor  # (B, F) float32, on the CPU
-    predicted: Tensor  # (B,) int64, on the CPU
-
-
-def joined(parts: list[Judgement]) -> Judgement:
-    return Judgement(torch.cat([p.features for p in parts]), torch.cat([p.predicted for p in parts]))
+        return self.judged(images)[2]
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,12 @@ class Classifier:
         if images.dtype != torch.uint8:
             raise ValueError(f"the classifier takes uint8 pictures, got {images.dtype}")
         device = self.network.head.weight.device
-        found = [self.network.features(to_float(part.to(device))) for part in images.split(batch_size)]
-        features = torch.cat(found)
-        return Judgement(features.cpu(), self.network.head(features).argmax(1).cpu())
+        found = [self.network.judged(to_float(part.to(device))) for part in images.split(batch_size)]
+        return joined(Judgement(*(value.cpu() for value in part)) for part in found)
 
     def judge_split(self, split: Split, index: Tensor | None = None) -> Judgement:
         """All pictures of a split in turn, or those of rows `index`."""
-        return joined([self.judge(images) for images in split.batches(500, index)])
+        return joined(self.judge(images) for images in split.batches(500, index))
 
 
 def classifier_key(dataset: Dataset, config: ClassifierConfig) -> str:

@@ -1,7 +1,7 @@
-"""Pictures of a checkpoint as a worker serves them, many at once: one setting for all, picture i with class i mod K and seed i.
+"""Pictures of a checkpoint as a worker serves them, many at once: one setting for all, picture i with seed i.
 
 Every forward has the same number of rows, so that a compiled network has one graph whatever the steps, guidance and interval.
-Shapes: K classes · B pictures · C, h, w latent.
+Shapes: N pictures · B of a batch · K classes · C, h, w latent.
 """
 
 from collections.abc import Hashable, Iterator
@@ -21,6 +21,7 @@ from model.sampling import SMALLEST_BATCH, sample_latents, to_pixels
 
 _DECODE = 50  # pictures decoded at once: more are slower on a CPU
 NO_INTERVAL = (0.0, 1.0)
+ALL_CHANNELS, FIRST_THREE_CHANNELS = "all", "first-three"  # of a latent that guidance moves; the official code moves three
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Setting:
     guidance_interval: tuple[float, float] = NO_INTERVAL  # of t/T, both ends in
     spacing: str | None = None  # of a diffusion's times; a flow has none
     block_cache: int = 1  # all blocks run at every n-th evaluation only; 1 is off
+    guidance_channels: str = ALL_CHANNELS
 
     def __post_init__(self) -> None:
         if not (isfinite(self.guidance_scale) and 1 <= self.guidance_scale <= 20):
@@ -42,6 +44,8 @@ class Setting:
             raise ValueError(f"a guidance interval is low-high with 0 ≤ low ≤ high ≤ 1, got {low:g}-{high:g}")
         if self.block_cache < 1:
             raise ValueError(f"block_cache must be at least 1, which is off, got {self.block_cache}")
+        if self.guidance_channels not in (ALL_CHANNELS, FIRST_THREE_CHANNELS):
+            raise ValueError(f"guidance_channels are {ALL_CHANNELS} or {FIRST_THREE_CHANNELS}, got {self.guidance_channels!r}")
 
     def table(self, config: CheckpointConfig) -> SamplerTable:
         """The sampler's table; ValueError says what this model can do."""
@@ -72,6 +76,8 @@ class Setting:
             entry["spacing"] = self.spacing
         if self.block_cache != 1:
             entry["block_cache"] = self.block_cache
+        if self.guidance_channels != ALL_CHANNELS:
+            entry["guidance_channels"] = self.guidance_channels
         return entry
 
 
@@ -100,6 +106,18 @@ def load_as_served(folder: Path) -> Checkpoint:
     if checkpoint.vae:
         checkpoint.vae.cast(dtype if device.type == "cuda" else torch.float32)
     return checkpoint
+
+
+LABELS = ("balanced", "random")
+
+
+def asked_labels(kind: str, count: int, classes: int) -> Tensor:
+    """(N,) classes to draw: `balanced` is each in turn, `random` as in the paper's script. ValueError for another kind."""
+    if kind not in LABELS:
+        raise ValueError(f"labels are {' or '.join(LABELS)}, got {kind!r}")
+    if kind == "balanced":
+        return torch.arange(count) % classes
+    return torch.randint(classes, (count,), generator=torch.Generator().manual_seed(0))
 
 
 class Drawer:
@@ -137,24 +155,24 @@ class Drawer:
         guided = setting.guided(self.checkpoint.config)
         return full * (len(guided) + sum(guided)) + sum(ceil(rest * (1 + twice) / self.rows) for twice in guided)
 
-    def pictures(self, setting: Setting, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of class labels (B,), seeds (B,) and pictures (B, H, W, channels), uint8, all on the CPU."""
-        for seeds in torch.arange(count).split(self.rows):
-            labels = seeds % len(self.checkpoint.labels)
-            yield labels, seeds, self.draw(setting, labels, seeds)
+    def pictures(self, setting: Setting, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of class labels (N,), and seeds from 0: batches of labels (B,), seeds (B,) and pictures (B, H, W, channels) uint8, on the CPU."""
+        for part, seeds in zip(labels.split(self.rows), torch.arange(len(labels)).split(self.rows), strict=True):
+            yield part, seeds, self.draw(setting, part, seeds)
 
     @torch.inference_mode()
     def draw(self, setting: Setting, labels: Tensor, seeds: Tensor) -> Tensor:
         """Class labels (B,) and seeds (B,) → pictures (B, H, W, channels), uint8 on the CPU."""
-        device = self.checkpoint.device
+        device, noise = self.checkpoint.device, self._initial(seeds)
         latents = sample_latents(
             self._forward,
-            self._initial(seeds),
+            noise,
             labels.to(device),
             self.checkpoint.config.architecture.null_class,
             setting.table(self.checkpoint.config),
             guidance_scale=setting.guidance_scale,
             guidance_interval=setting.guidance_interval,
+            guidance_channels=None if setting.guidance_channels == ALL_CHANNELS else min(3, noise.shape[1]),
             block_cache=setting.block_cache,
             cached=self._cached,
             seeds=seeds.to(device),

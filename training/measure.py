@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from training.classifier import Classifier, joined
-from training.draw import Drawer, Setting
+from training.classifier import Classifier
+from training.draw import Drawer, Setting, asked_labels
+from training.judgement import joined
 from training.metrics import Gaussian, class_consistency, fit_gaussian, gaussian_distance
 
 _ANSWERS = ("evaluations", "frechet_distance", "class_consistency", "seconds")  # of a line; the rest of it is the question
@@ -90,10 +90,9 @@ class Meter:
 
     def _measure(self, setting: Setting, samples: int, advance: Callable[[int], Any]) -> Measured:
         began = time.perf_counter()
-        judged, asked = [], []
-        for labels, _, images in self.drawer.pictures(setting, samples):
+        judged, asked = [], asked_labels("balanced", samples, len(self.drawer.checkpoint.labels))
+        for labels, _, images in self.drawer.pictures(setting, asked):
             judged.append(self.classifier.judge(images.permute(0, 3, 1, 2)))
-            asked.append(labels)
             advance(self.drawer.forwards(setting, len(labels)))
         all_judged = joined(judged)
         measured = Measured(
@@ -101,7 +100,7 @@ class Meter:
             samples,
             setting.evaluations(self.drawer.checkpoint.config),
             gaussian_distance(fit_gaussian(all_judged.features), self.reference),
-            class_consistency(all_judged.predicted, torch.cat(asked)),
+            class_consistency(all_judged.predicted, asked),
             time.perf_counter() - began,
         )
         self.log.add(measured)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import Checkpoint, annotate, resolve
-from training.card import TUNING_PLOT, model_card, setting_in_words
+from training.card import model_card
+from training.card_metrics import TUNING_PLOT, setting_in_words
 from training.classifier import ClassifierConfig, get_classifier
 from training.draw import Drawer, load_as_served
-from training.evaluate import matching_dataset, require_pictures, unchanged
+from training.evaluation_files import unchanged
+from training.local_measures import matching_dataset, require_pictures
 from training.measure import Measured, MeasureLog, Meter
 from training.metrics import fit_gaussian
 from training.runlog import command, commit, hardware

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from training.classifier import CLASSIFIER_WEIGHTS, ClassifierConfig, ConvNet, c
 from training.config import DataConfig
 from training.data import Dataset, load_dataset
 from training.evaluate import evaluate
+from training.local_measures import rows_like
 
 LABELS = (("dark", "night"), ("grey",), ("light",))
+Run = Callable[..., dict[str, Any]]
 TINY_CLASSIFIER = ClassifierConfig(widths=(8, 8), features=6, steps=60, batch_size=32)
 CPU = torch.device("cpu")
 
@@ -73,9 +76,21 @@ def save_tiny(path: Path, image_channels: int) -> Path:
     return path
 
 
-def run(checkpoint_path: Path, data: Path, **changes: Any) -> dict[str, Any]:
-    settings = {"samples": 36, "batch_size": 16, "cache": data.parent / "classifiers", "classifier_config": TINY_CLASSIFIER} | changes
-    return evaluate(checkpoint_path, data, **settings)
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data is the same in most tests, so its classifier is trained once."""
+    return tmp_path_factory.mktemp("classifiers")
+
+
+@pytest.fixture
+def run(classifiers: Path) -> Run:
+    """`run(checkpoint, data, **changes)`: 36 pictures."""
+
+    def run(checkpoint_path: Path, data: Path, **changes: Any) -> dict[str, Any]:
+        settings = {"samples": 36, "batch_size": 16, "cache": classifiers, "classifier_config": TINY_CLASSIFIER} | changes
+        return evaluate(checkpoint_path, data, **settings)
+
+    return run
 
 
 def dataset_of(folder: Path) -> Dataset:
@@ -126,7 +141,7 @@ def test_classifier_refuses_pixels_that_were_not_quantised(idx_data: Path, tmp_p
         classifier.judge(torch.zeros(2, 1, 8, 8))
 
 
-def test_evaluation_measures_prints_and_keeps_its_results_in_the_checkpoint(idx_data: Path, checkpoint_path: Path) -> None:
+def test_evaluation_measures_prints_and_keeps_its_results_in_the_checkpoint(run: Run, idx_data: Path, checkpoint_path: Path) -> None:
     before, lines = read_config(checkpoint_path)[1], []
     metrics = run(checkpoint_path, idx_data, show=lines.append)
     config, after = read_config(checkpoint_path)  # verifies every file
@@ -135,12 +150,52 @@ def test_evaluation_measures_prints_and_keeps_its_results_in_the_checkpoint(idx_
     assert metrics["frechet_distance_train"] < metrics["frechet_distance"]
     assert {metrics[k] for k in ("samples", "test_images", "train_images")} == {36, 30}
     assert (metrics["steps"], metrics["guidance_scale"], metrics["sampler"], metrics["dtype"]) == (2, 2.0, "euler", "bfloat16")
-    printed = "\n".join(lines)
-    for name in ("frechet_distance", "frechet_distance_reconstructions", "frechet_distance_train"):
-        assert f"{metrics[name]:.3f}" in printed and f"{metrics[name]:.3f}" in (checkpoint_path / "README.md").read_text()
+    printed, card = "\n".join(lines), (checkpoint_path / "README.md").read_text()
+    for name in ("frechet_distance", "spatial_frechet_distance", "classifier_score"):
+        for told in (f"{metrics[name + suffix]:.3f}" for suffix in ("", "_reconstructions", "_train")):
+            assert told in printed and told in card
+    for name in ("precision", "recall_train", "class_consistency", "near_copies"):
+        assert f"{100 * metrics[name]:.1f} %" in printed and f"{100 * metrics[name]:.1f} %" in card
+    assert len(metrics["class_consistencies"]) == len(metrics["class_accuracies"]) == 3
+    assert (metrics["labels"], metrics["rounding"], metrics["train_images"]) == ("balanced", "nearest", 36)
 
 
-def test_grid_has_one_row_per_class_of_the_models_own_pictures(idx_data: Path, checkpoint_path: Path) -> None:
+def test_real_images_have_the_better_measures(run: Run, idx_data: Path, checkpoint_path: Path) -> None:
+    """The checkpoint's weights are random, so whatever is measured must say so."""
+    metrics = run(checkpoint_path, idx_data, save=False)
+    for name in ("frechet_distance", "spatial_frechet_distance", "kernel_distance"):
+        assert metrics[f"{name}_train"] < metrics[name] and metrics[f"{name}_train"] < metrics[f"{name}_reconstructions"]
+    for name in ("precision", "recall", "classifier_score"):
+        assert metrics[f"{name}_train"] > metrics[name] and metrics[f"{name}_train"] > metrics[f"{name}_reconstructions"]
+    assert metrics["precision_train"] > 0.8 and metrics["classifier_accuracy"] > 0.9 > metrics["class_consistency"]
+
+
+def test_the_floors_images_have_the_classes_of_the_pictures() -> None:
+    labels = torch.arange(90) % 3
+    labels[:9] = 0  # six more of it
+    chosen = rows_like(labels, torch.tensor([0] * 20 + [1] * 50 + [2] * 3))
+    assert labels[chosen].bincount().tolist() == [20, 27, 3], "all that there are, where more were asked for"
+    assert len(chosen.unique()) == 50 and len(set(labels[chosen[:20]].tolist())) > 1, "in no order"
+
+
+def test_plots_and_grid_are_kept_beside_the_weights(run: Run, idx_data: Path, checkpoint_path: Path) -> None:
+    run(checkpoint_path, idx_data)
+    files = read_config(checkpoint_path)[0], {path.name for path in checkpoint_path.iterdir()}
+    assert {"grid.png", "evaluation.png", "neighbours.png"} <= files[1]
+    for name in ("evaluation.png", "neighbours.png"):
+        with Image.open(checkpoint_path / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 10 and min(picture.size) > 200
+        assert f"({name})" in (checkpoint_path / "README.md").read_text()
+
+
+def test_random_labels_are_recorded_and_asked_for(run: Run, idx_data: Path, checkpoint_path: Path) -> None:
+    metrics = run(checkpoint_path, idx_data, labels="random", samples=12)
+    assert metrics["labels"] == "random" and "random labels" in (checkpoint_path / "README.md").read_text()
+    with Image.open(checkpoint_path / "grid.png") as picture:
+        assert picture.size == (4 * 8 * 2, 3 * 8 * 2), "a row for each class, black where too few were drawn"
+
+
+def test_grid_has_one_row_per_class_of_the_models_own_pictures(run: Run, idx_data: Path, checkpoint_path: Path) -> None:
     run(checkpoint_path, idx_data)
     with Image.open(io.BytesIO((checkpoint_path / "grid.png").read_bytes())) as picture:
         found = np.asarray(picture)
@@ -150,13 +205,13 @@ def test_grid_has_one_row_per_class_of_the_models_own_pictures(idx_data: Path, c
     assert np.abs(shown.astype(int) - image[..., 0].numpy().astype(int)).max() <= 2  # the batch size moves bfloat16's last bits
 
 
-def test_evaluation_without_saving_leaves_the_checkpoint_as_it_was(idx_data: Path, checkpoint_path: Path) -> None:
+def test_evaluation_without_saving_leaves_the_checkpoint_as_it_was(run: Run, idx_data: Path, checkpoint_path: Path) -> None:
     metrics = run(checkpoint_path, idx_data, save=False, samples=5, steps=1, guidance_scale=1.0)
     assert (metrics["samples"], metrics["steps"], metrics["guidance_scale"]) == (5, 1, 1.0)
     assert not (checkpoint_path / "grid.png").exists() and read_config(checkpoint_path)[0].metrics == {}
 
 
-def test_evaluation_takes_an_image_folder_in_colour(tmp_path: Path) -> None:
+def test_evaluation_takes_an_image_folder_in_colour(run: Run, tmp_path: Path) -> None:
     labels = np.arange(60) % 3
     for i, (label, image) in enumerate(zip(labels, pictures_of(labels, 2), strict=True)):
         folder = tmp_path / "data" / LABELS[label][0]
@@ -168,7 +223,7 @@ def test_evaluation_takes_an_image_folder_in_colour(tmp_path: Path) -> None:
         assert picture.mode == "RGB"
 
 
-def test_data_of_other_classes_is_refused(tmp_path: Path, checkpoint_path: Path) -> None:
+def test_data_of_other_classes_is_refused(run: Run, tmp_path: Path, checkpoint_path: Path) -> None:
     for name in ("dark", "grey", "pale"):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
@@ -185,14 +240,19 @@ def test_data_of_other_classes_is_refused(tmp_path: Path, checkpoint_path: Path)
         ({"guidance_scale": float("nan")}, "between 1 and 20, got nan"),
         ({"sampler": "ddpm"}, "which has: euler"),
         ({"steps": 0}, "between 1 and 1000, got 0"),
+        ({"labels": "even"}, "labels are balanced or random, got 'even'"),
+        ({"reference": Path("r.npz")}, "--inception is missing: the file weights-inception-2015-12-05-6726825d.pth, from https"),
+        ({"inception": Path("w.pth")}, "--reference is missing"),
+        ({"inception": Path("w.pth"), "reference": Path("r.npz")}, "no file w.pth: Inception's weights are weights-inception"),
+        ({"save_png": Path(__file__)}, "no empty folder"),
     ],
 )
 def test_settings_the_checkpoint_cannot_run_are_refused_before_any_work(
-    idx_data: Path, checkpoint_path: Path, wrong: dict[str, Any], message: str
+    run: Run, idx_data: Path, checkpoint_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run(checkpoint_path, idx_data, **wrong)
-    assert not (idx_data.parent / "classifiers").exists()
+        run(checkpoint_path, idx_data, cache=idx_data.parent / "none", **wrong)
+    assert not (idx_data.parent / "none").exists()
 
 
 def test_card_of_a_checkpoint_without_provenance_or_metrics_says_so(checkpoint_path: Path) -> None:

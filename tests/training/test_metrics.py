@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.metrics import Gaussian, class_consistency, fit_gaussian, frechet_distance, gaussian_distance, symmetric_sqrt
+from training.metrics import Gaussian, class_consistency, fit_gaussian, frechet_distance, gaussian_distance, root_of
 
 
 def with_moments(mean: Tensor, covariance: Tensor, count: int, seed: int) -> Tensor:
@@ -34,7 +34,7 @@ def test_frechet_distance_of_two_gaussians_is_the_closed_form() -> None:
 def test_frechet_distance_of_diagonal_gaussians_compares_standard_deviations() -> None:
     mean = torch.arange(5, dtype=torch.float64)
     std_a, std_b = torch.tensor([1.0, 2, 3, 4, 5]).double(), torch.tensor([2.0, 2, 1, 0, 7]).double()
-    found = gaussian_distance(Gaussian(mean, (std_a**2).diag()), Gaussian(mean + 1, (std_b**2).diag()))
+    found = gaussian_distance(Gaussian(mean, std_a.diag()), Gaussian(mean + 1, root_of((std_b**2).diag())))
     assert found == pytest.approx(5 + float((std_a - std_b).square().sum()), rel=1e-12)
 
 
@@ -52,10 +52,14 @@ def test_frechet_distance_is_sound_when_features_are_dead_or_fewer_pictures_than
     assert frechet_distance(features, features + 2) == pytest.approx(64 * 4, rel=1e-6)
 
 
-def test_symmetric_sqrt_squares_back_to_its_matrix() -> None:
+def test_a_root_gives_its_covariance_back_whether_pictures_or_features_are_more() -> None:
     matrix = random_covariance(12, seed=6)
-    root = symmetric_sqrt(matrix)
-    assert torch.allclose(root @ root, matrix, rtol=1e-10, atol=1e-12)
+    root = root_of(matrix)
+    assert torch.allclose(root @ root.T, matrix, rtol=1e-10, atol=1e-12)
+    for count in (5, 12, 13, 50):
+        features = torch.randn(count, 12, generator=torch.Generator().manual_seed(count))
+        root = fit_gaussian(features).root
+        assert torch.allclose(root @ root.T, torch.cov(features.T.double()), rtol=1e-10, atol=1e-12)
 
 
 def test_one_picture_or_a_value_that_is_not_finite_is_refused() -> None:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from app.cli import app
 from model.checkpoint import read_config
 from training import measure
-from training.card import model_card, setting_in_words
+from training.card import model_card
+from training.card_metrics import setting_in_words
 from training.classifier import ClassifierConfig
 from training.draw import Setting
 from training.evaluate import evaluate
