@@ -85,7 +85,7 @@ def work(folder: Path) -> Any:
     processes: list[Process] = []
 
     def serve(url: str, job_id: str) -> None:
-        processes.append(Process(run, url, folder / "registry", folder / "worker.log", (), 10.0, None))
+        processes.append(Process(run, url, folder / "registry", folder / "worker.log", (), drain_s=10.0, hang_s=None))
         wait(lambda: job(url, job_id)["finished_at"], "the end of a job")
         processes[-1].signal(signal.SIGTERM)
         wait(lambda: not processes[-1].alive, "the worker's end")

@@ -57,7 +57,7 @@ def client(group: Group, password: Path) -> Iterator[TestClient]:
 def worker(group: Group, tmp_path: Path) -> Iterator[Process]:
     save_tiny(tmp_path / "registry")
     url = group.url.replace("://", f"://:{PASSWORD.replace(' ', '%20')}@")
-    process = Process(run, url, tmp_path / "registry", tmp_path / "worker.log", (), 10.0, None)
+    process = Process(run, url, tmp_path / "registry", tmp_path / "worker.log", (), drain_s=10.0, hang_s=None)
     yield process
     process.signal(9)
 
