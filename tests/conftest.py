@@ -1,6 +1,7 @@
 """Tiny models, checkpoints, data and recipes, made in milliseconds, for every test that needs a real one."""
 
 import gzip
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,10 @@ from training.config import DataConfig, DiTRecipe, OptimiserConfig, Recipe, Serv
 # The same examples everywhere and every time, however slow the machine: a gate that fails by chance is no gate.
 settings.register_profile("dit", derandomize=True, deadline=None, database=None)
 settings.load_profile("dit")
+
+# A shell starts what runs in its background with SIGINT ignored, which children inherit; and what Ctrl-C does is tested with children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LABELS = (("cat", "house cat"), ("dog",), ("ship",), ("truck", "lorry"))
 
