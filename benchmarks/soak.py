@@ -131,6 +131,7 @@ async def measure(service: Service, keys: Path, named: dict[str, str], versions:
     async with Books(service.redis, service.checkpoint.name) as books, Watch(processes(service.session), service.redis) as watch:
         users = Users(service.url, named, books, random.Random(options.seed))
         capacity = await closed_loop(users, CALIBRATE_S)
+        await asyncio.to_thread(versions.change)  # the first one starts threads that stay
         before, start = await idle(service), time.monotonic()
         meanwhile = [
             asyncio.create_task(every(5, lambda: scrape(users))),
